@@ -1,0 +1,42 @@
+# make demo    set up, then run the whole pipeline on the embedded toy data, on a CPU
+# make test    set up, then run the tests
+# make lint    the linter
+
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+SEED   ?= 1
+OUT    ?= out/toy-$(SEED)
+
+demo test lint: export TOKENIZERS_PARALLELISM = false
+demo: export TOY_OUT = $(OUT)
+
+.PHONY: demo test lint
+demo: $(VENV)/ready
+	$(PY) toy/make_data.py $(OUT)/data --seed=$(SEED)
+	$(PY) sft.py config/toy_sft.py --seed=$(SEED)
+	$(PY) rm.py config/toy_rm.py --seed=$(SEED)
+	$(PY) ppo.py config/toy_ppo.py --seed=$(SEED)
+	$(PY) dpo.py config/toy_dpo.py --seed=$(SEED)
+	for stage in sft ppo dpo; do \
+		$(PY) sample.py config/toy_sample.py --model=$(OUT)/$$stage/final --out_dir=$(OUT)/$$stage/samples || exit 1; \
+	done
+	$(PY) toy/report.py $(OUT)
+
+test: $(VENV)/ready-dev
+	$(PY) -m pytest
+
+lint: $(VENV)/ready-dev
+	$(VENV)/bin/ruff check .
+
+# torch first, at the version pinned, so that no other package decides which torch is installed
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet $$(grep '^torch==' requirements.txt)
+	$(PY) -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
+	$(PY) -m pip install --quiet -r requirements-dev.txt
+	touch $@

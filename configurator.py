@@ -1,0 +1,120 @@
+"""One flat dataclass + config files + --key=value -> one configuration.
+
+    python ppo.py config/ppo_1b.py --lr=1e-6 --whiten_rewards
+
+Precedence: dataclass defaults < config files from left to right < --key=value. A config file is Python
+and is executed, so run only those you trust; each of its assignments must be a field of the stage's
+Config (names that begin with an underscore are the file's own). Values on the command line are never
+evaluated: the field's type reads them. An unknown key or a wrong type stops the run before it starts.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import math
+import re
+import sys
+from types import ModuleType
+
+TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+
+
+class UserError(SystemExit):
+    """Bad input: one line that names the thing and the mend.
+
+    As a SystemExit it ends a script with that line on stderr and exit code 1, with no traceback;
+    `str(error)` is the line.
+    """
+
+
+def configure(Config, argv=None):
+    """Build `Config` from its defaults, then config files, then --key=value.
+
+    Config: a dataclass whose fields are int, float, bool or str.
+    argv:   arguments; None means sys.argv[1:]. `--flag` alone means True; `--help` prints the fields and exits.
+    Raises UserError for an unknown key, a wrong type or an unreadable file.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(describe(Config))
+        sys.exit(0)
+    values = {field.name: field.default for field in dataclasses.fields(Config)}
+    for argument in argv:
+        if not argument.startswith("-"):
+            values = read_file(Config, argument, values)
+    for argument in argv:
+        if argument.startswith("-"):
+            match = re.fullmatch(r"--([A-Za-z]\w*)(?:=(.*))?", argument, re.DOTALL)
+            if not match:
+                raise UserError(f"{argument}: not an option; write --key=value (or --flag)")
+            key, text = match.groups()
+            values[key] = parse(field_of(Config, key, "command line"), text)
+    return Config(**values)
+
+
+def read_file(Config, path, values):
+    """Run a config file on top of `values` (which it can read) and return the new values."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            code = compile(file.read(), path, "exec")
+    except OSError as error:
+        raise UserError(f"config file {path}: cannot be read ({error.strerror}); give the path of a .py file") from None
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"config file {path}: not valid Python ({error}); write one `key = value` per line") from None
+    names = dict(values)
+    try:
+        exec(code, names)
+    except Exception as error:
+        raise UserError(f"config file {path}: {type(error).__name__}: {error}; correct that line") from None
+    for key, value in names.items():
+        if not key.startswith("_") and not isinstance(value, ModuleType):
+            values = {**values, key: check(field_of(Config, key, path), value)}
+    return values
+
+
+def field_of(Config, key, where):
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    if key not in fields:
+        near = difflib.get_close_matches(key, fields, n=3, cutoff=0.4) or sorted(fields)
+        raise UserError(f"{where}: unknown key '{key}'; did you mean {', '.join(near)}? (--help lists all keys)")
+    return fields[key]
+
+
+def parse(field, text):
+    """Read a command-line value by the field's type; text is None for `--flag` alone."""
+    if field.type is bool and (text is None or text.lower() in TRUE + FALSE):
+        return text is None or text.lower() in TRUE
+    if text is None:
+        raise UserError(f"--{field.name} needs a value: --{field.name}=<{field.type.__name__}>")
+    if field.type is str:
+        return text
+    try:
+        return check(field, {int: int, float: float}[field.type](text))
+    except (ValueError, KeyError):
+        raise UserError(
+            f"--{field.name}={text}: '{field.name}' takes {field.type.__name__}, got str; "
+            f"write for example --{field.name}={field.default}"
+        ) from None
+
+
+def check(field, value):
+    """Return `value` if it has the field's type (an int is accepted for a float); else raise UserError."""
+    if field.type is float and type(value) is int:
+        value = float(value)
+    if type(value) is not field.type:
+        raise UserError(
+            f"'{field.name}' takes {field.type.__name__}, got {type(value).__name__} ({value!r}); "
+            f"write for example {field.name} = {field.default!r}"
+        )
+    if field.type is float and not math.isfinite(value):
+        raise UserError(f"'{field.name}' must be finite, got {value}")
+    return value
+
+
+def describe(Config):
+    """The fields with their defaults and the comments that stand beside them in the source."""
+    sources = "".join(inspect.getsource(cls) for cls in reversed(Config.__mro__) if dataclasses.is_dataclass(cls))
+    comments = dict(re.findall(r"^\s+(\w+)\s*:[^#\n]*#\s*(.*)$", sources, re.MULTILINE))
+    lines = [f"--{f.name}={f.default!r}".ljust(44) + f" {comments.get(f.name, '')}" for f in dataclasses.fields(Config)]
+    usage = "usage: [config/file.py ...] [--key=value ...]"
+    return "\n".join([usage, f"{inspect.getmodule(Config).__name__}.{Config.__name__}:", *lines])

@@ -1,0 +1,367 @@
+"""From text to batches: the tokenizer, the query format, data sets, and which rows make up which step.
+
+    tokenizer = Tokenizer.load("EleutherAI/pythia-160m")
+    rows = load_rows("vwxyzjn/summarize_from_feedback_tldr_3_filtered", "train", tokenizer)
+    rows[0]["query"], rows[0]["responses"]         # token ids; each response ends with EOS
+
+A row of any known schema becomes one query and its responses, the best first:
+
+    {subreddit, title, post | article, [summary]}    one response, if there is a summary
+    {info, summaries, choice}                        two: the chosen summary and the other
+    {prompt, [completion]}                           one, if there is a completion
+    {[prompt], chosen, rejected}                     two; without a prompt it is what both transcripts share
+
+A prompt or response may also be a chat: a list of {role, content}.
+"""
+
+import bisect
+import functools
+import hashlib
+import os
+import re
+import shutil
+import unicodedata
+
+import numpy as np
+import tiktoken
+import torch
+
+from configurator import UserError
+from model import find_model, read_json
+
+# GPT-2's split of text into words, which ByteLevel tokenizers share: a word takes the one space before it
+WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+EOS = "<|endoftext|>"
+MAX_ARTICLE_TOKENS = 1919  # 2047 - 128: what the reference leaves for a CNN/DM article
+
+
+class Tokenizer:
+    """Byte-level BPE from a hub `tokenizer.json`, run by tiktoken and equal to the `tokenizers` library.
+
+    eos_id:  the id of <|endoftext|>.
+    n_vocab: ids 0 .. n_vocab - 1 have a text. A model's vocabulary is padded to a rounder number.
+    pad_id:  n_vocab, an id of its own: with EOS as padding a model never learns to stop (detail 3).
+    """
+
+    def __init__(self, path):
+        self.path = path
+        spec = read_json(path)
+        try:
+            self._check(spec)
+            vocab, added = spec["model"]["vocab"], spec["added_tokens"]
+            special = {token["content"]: token["id"] for token in added if token["special"]}
+            self._runs = {token["content"]: token["id"] for token in added if not token["special"]}
+            ranks = {to_bytes(token): id for token, id in vocab.items() if token not in special}
+            self._encoding = tiktoken.Encoding(path, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
+            self._bytes = {id: token for token, id in ranks.items()}
+            self._bytes.update({id: text.encode() for text, id in self._runs.items()})
+            self._special, self.eos_id = special, special[EOS]
+            self.n_vocab = max(*self._bytes, *special.values()) + 1
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path}: not a byte-level BPE tokenizer like Pythia's ({error!r})") from None
+        self.pad_id = self.n_vocab
+
+    @classmethod
+    def load(cls, source, revision="main"):
+        """source: a tokenizer.json, a directory that holds one, or a hub id."""
+        if os.path.isfile(source):
+            return cls(source)
+        return cls(os.path.join(find_model(source, revision), "tokenizer.json"))
+
+    @staticmethod
+    def _check(spec):
+        """Refuse what would be encoded differently from the library, rather than encode it wrongly."""
+        model, split = spec["model"], spec["pre_tokenizer"]
+        order = [model["vocab"]["".join(merge.split(" ") if isinstance(merge, str) else merge)]
+                 for merge in model["merges"]]  # fmt: skip
+        supported = {
+            "model.type": model["type"] == "BPE" and not model.get("byte_fallback") and not model.get("ignore_merges"),
+            "normalizer": (spec.get("normalizer") or {}).get("type", "NFC") == "NFC",
+            "pre_tokenizer": split["type"] == "ByteLevel" and not split["add_prefix_space"],
+            "merges (not in the order of their ids)": order == sorted(order),
+            "added_tokens": not any(t["single_word"] or t["lstrip"] or t["rstrip"] for t in spec["added_tokens"]),
+        }
+        for what, fits in supported.items():
+            if not fits:
+                raise ValueError(f"unsupported {what}")
+
+    def encode(self, text, special=False):
+        """Token ids of `text`. special: let <|endoftext|> and its like in the text become their ids.
+
+        By default they are ordinary text: a post that quotes <|endoftext|> must not end the query.
+        """
+        ids = []
+        for piece in split_at(self._special, text) if special else [text]:
+            if special and piece in self._special:
+                ids.append(self._special[piece])
+                continue
+            # runs of spaces are tokens of their own, cut out (longest first) before words are split
+            for part in split_at(self._runs, unicodedata.normalize("NFC", piece)):
+                ids.extend([self._runs[part]] if part in self._runs else self._encoding.encode_ordinary(part))
+        return ids
+
+    def decode(self, ids):
+        """Text of `ids`; special tokens and padding are left out, broken UTF-8 becomes U+FFFD."""
+        known = [self._bytes[i] for i in map(int, ids) if i not in self._special.values() and i != self.pad_id]
+        return b"".join(known).decode("utf-8", errors="replace")
+
+    def save(self, directory):
+        shutil.copyfile(self.path, os.path.join(directory, "tokenizer.json"))
+
+
+@functools.cache
+def byte_of_symbol():
+    """The printable character by which tokenizer.json stands for each byte -> that byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+def to_bytes(token):
+    return bytes(byte_of_symbol()[symbol] for symbol in token)
+
+
+def split_at(tokens, text):
+    """Cut `text` at every occurrence of one of `tokens`, leftmost and longest first; keep those as pieces."""
+    if not tokens:
+        return [text]
+    pattern = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
+    return [piece for piece in re.split(f"({pattern})", text) if piece]
+
+
+# ---------------------------------------------------------------------------- queries
+
+
+def format_query(row, tokenizer, max_tokens=512):
+    """Token ids of a TL;DR (or CNN/DM) query of at most max_tokens tokens; arXiv:2403.17031 details 2.1 to 2.3.
+
+    row: dict with subreddit, title and post, or with article. A text too long loses its last paragraph (from
+    the last newline on) again and again; with none left, its last character. So "TL;DR:" always survives.
+    Raises UserError if the query is too long even without its text.
+    """
+    if row.get("post") is not None:
+        head = f"SUBREDDIT: r/{text_of(row, 'subreddit')}\n\nTITLE: {text_of(row, 'title')}\n\nPOST: "
+        text, tail = text_of(row, "post"), "\n\nTL;DR:"
+    else:
+        head, text, tail = "Article:\n", text_of(row, "article"), "\n\nTL;DR:\n"
+    ids = tokenizer.encode(head + text + tail)
+    if len(ids) <= max_tokens:
+        return ids
+    # Where whitespace follows a word, the tokens before it do not depend on what comes after. So the first such
+    # place with too many tokens before it rules out all cuts behind it, and none of them need be tokenised.
+    places = [match.start() + 1 for match in re.finditer(r"\S(?=\s)", text)]
+    first_bad = bisect.bisect_right(places, max_tokens, key=lambda end: len(tokenizer.encode(head + text[:end])))
+    too_long = places[first_bad] if first_bad < len(places) else len(text)
+    end = len(text)
+    while len(ids) > max_tokens:
+        if end == 0:
+            raise UserError(f"the query is {len(ids)} tokens long without its text, more than {max_tokens}; drop the row")
+        newline = text.rfind("\n", 0, end)
+        end = newline if newline >= 0 else end - 1
+        if end < too_long:
+            ids = tokenizer.encode(head + text[:end] + tail)
+    return ids
+
+
+def text_of(row, key):
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise UserError(f"'{key}' is {value!r}, not a text; correct or drop the row")
+    return value
+
+
+def chat_text(value):
+    """A text as it is; a chat, a list of {role, content}, as "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise UserError(f"{value!r} is neither a text nor a list of {{role, content}}; correct or drop the row")
+    turns = [(text_of(turn, "role"), text_of(turn, "content")) for turn in value]
+    return "".join(f"\n\n{'Human' if role == 'user' else role.capitalize()}: {content}" for role, content in turns)
+
+
+def split_prompt(row):
+    """(prompt, chosen, rejected) texts; an implicit prompt is what both transcripts share up to the last answer."""
+    chosen, rejected = chat_text(row["chosen"]), chat_text(row["rejected"])
+    if row.get("prompt") is not None:
+        prompt = chat_text(row["prompt"])
+        if not isinstance(row["prompt"], str):
+            prompt += "\n\nAssistant:"
+            chosen, rejected = (text.removeprefix("\n\nAssistant:") for text in (chosen, rejected))
+        return prompt, chosen, rejected
+    shared = os.path.commonprefix([chosen, rejected])
+    answer = shared.rfind("\n\nAssistant:")
+    cut = answer + len("\n\nAssistant:") if answer >= 0 else max(shared.rfind(" "), 0)
+    return shared[:cut], chosen[cut:], rejected[cut:]
+
+
+def parse_row(row, tokenizer, max_query_tokens):
+    """One row of any schema -> query ids, responses (the best first, each ends with EOS), and where it came from."""
+    meta = dict(batch=str(row.get("batch") or ""), confidence=0, policies="")
+    if "summaries" in row:
+        choice, pair = row["choice"], row["summaries"]
+        if choice not in (0, 1) or len(pair) != 2:
+            raise UserError(f"choice {choice!r} of {len(pair)} summaries; it must be 0 or 1, of two")
+        best, other = pair[choice], pair[1 - choice]
+        texts, source = [text_of(best, "text"), text_of(other, "text")], row["info"]
+        meta["confidence"] = int((row.get("extra") or {}).get("confidence") or 0)
+        meta["policies"] = " > ".join(str(summary.get("policy") or "?") for summary in (best, other))
+    elif "chosen" in row:
+        source, *texts = split_prompt(row)
+    elif "prompt" in row:
+        source, texts = chat_text(row["prompt"]), []
+        if row.get("completion") is not None:
+            texts = [chat_text(row["completion"])]
+            if not isinstance(row["prompt"], str):
+                source, texts = source + "\n\nAssistant:", [texts[0].removeprefix("\n\nAssistant:")]
+    else:
+        # references come without the space that the text after "TL;DR:" begins with (detail 3)
+        source, texts = row, [" " + text_of(row, "summary").lstrip(" ")] if "summary" in row else []
+    if isinstance(source, dict):
+        limit = max_query_tokens if source.get("post") is not None else max(max_query_tokens, MAX_ARTICLE_TOKENS)
+        query = format_query(source, tokenizer, limit)
+    else:
+        query = tokenizer.encode(source)
+    responses = [tokenizer.encode(text) + [tokenizer.eos_id] for text in texts]
+    return dict(query=query, responses=responses, **meta)
+
+
+# ---------------------------------------------------------------------------- data sets
+
+SCHEMAS = [
+    {"info", "summaries", "choice"}, {"chosen", "rejected"}, {"prompt"},
+    {"subreddit", "title", "post"}, {"article"},
+]  # fmt: skip
+
+
+def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_tokens=512, drop_long=False):
+    """Tokenise a split once (`datasets` caches the result): columns query, responses, length, batch, ...
+
+    source: a jsonl or parquet file (`{split}` in its path is replaced), or a directory or hub id that
+            `datasets` can load.
+    n_responses: how many responses each row needs (SFT 1, preferences 2); with 0 responses are not read (PPO).
+    max_length: the longest query + response allowed, 0 for any. Longer rows are an error, or with drop_long left out.
+    Raises UserError for missing files, columns or rows, naming them.
+    """
+    raw = read_split(source, split)
+    name = f"{source} [{split}]"
+    if len(raw) == 0:
+        raise UserError(f"{name}: no rows; give a split that has some")
+    if not any(schema <= set(raw.column_names) for schema in SCHEMAS):
+        known = "; ".join(", ".join(sorted(schema)) for schema in SCHEMAS)
+        raise UserError(f"{name}: columns {', '.join(raw.column_names)} fit no known schema ({known})")
+
+    def tokenise(row, index):
+        try:
+            parsed = parse_row(dict(row), tokenizer, max_query_tokens)
+            if not n_responses:
+                parsed["responses"] = []
+            if not parsed["query"]:
+                raise UserError("the query is empty; correct or drop the row")
+            longest = max(map(len, parsed["responses"]), default=0)
+            return {**parsed, "length": len(parsed["query"]) + longest}
+        except UserError as error:
+            raise UserError(f"{name}: row {index}: {error}") from None
+
+    # the code is part of the key: a changed format must not read an old cache
+    key = hashlib.sha256(repr((raw._fingerprint, max_query_tokens, n_responses > 0)).encode())
+    for path in (__file__, tokenizer.path):
+        with open(path, "rb") as file:
+            key.update(file.read())
+    rows = raw.map(
+        tokenise, with_indices=True, remove_columns=raw.column_names, new_fingerprint=key.hexdigest()[:16]
+    )
+    short = min(range(len(rows)), key=lambda index: len(rows[index]["responses"])) if n_responses else None
+    if n_responses and len(rows[short]["responses"]) < n_responses:
+        raise UserError(f"{name}: row {short} has fewer than {n_responses} responses; is it the right kind of data?")
+    lengths = np.asarray(rows["length"])
+    if max_length and lengths.max() > max_length:
+        long = np.flatnonzero(lengths > max_length)
+        if not drop_long:
+            raise UserError(
+                f"{name}: row {long[0]} has {lengths[long[0]]} tokens, more than max_length {max_length} "
+                f"({len(long)} such rows); raise max_length, or leave them out with --drop_long"
+            )
+        rows = rows.select(np.flatnonzero(lengths <= max_length))
+        if len(rows) == 0:
+            raise UserError(f"{name}: all rows are longer than max_length {max_length}; raise it")
+    return rows
+
+
+def read_split(source, split):
+    """The raw rows as a `datasets.Dataset`."""
+    import datasets  # here, since it takes a second and a notebook may only want the tokenizer
+
+    datasets.disable_progress_bars()
+    path = source.replace("{split}", split)
+    try:
+        if path.endswith((".jsonl", ".json", ".parquet")):
+            kind = "parquet" if path.endswith(".parquet") else "json"
+            return datasets.load_dataset(kind, data_files={split: path}, split=split)
+        return datasets.load_dataset(path, split=split)
+    except Exception as error:
+        reason = str(error.__cause__ or error).strip().split("\n")[0]
+        raise UserError(f"{path} [{split}]: cannot be loaded ({reason}); check the path, the split and the file") from None
+
+
+# ---------------------------------------------------------------------------- batches
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(n_rows, *key):
+    return np.random.default_rng(key).permutation(n_rows)
+
+
+def batch_rows(n_rows, batch_size, step, seed):
+    """Rows (batch_size,) of a step: a pure function of its arguments. Each epoch has its own shuffle (detail 21)."""
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    return np.array([permutation(n_rows, seed, place // n_rows)[place % n_rows] for place in places])
+
+
+def uniforms(shape, *key):
+    """Random numbers in [0, 1), a pure function of `key`, for example (seed, step)."""
+    return torch.from_numpy(np.random.default_rng(key).random(shape, dtype=np.float32))
+
+
+def pad_right(rows, fill=0):
+    """Lists of ids -> ids (B, T) cut to the longest row, lengths (B,)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.full((len(rows), int(lengths.max())), fill)
+    for row, values in zip(ids, rows):
+        row[: len(values)] = torch.tensor(values)
+    return ids, lengths
+
+
+def collate(queries, responses, device="cpu"):
+    """Rows of query and response ids -> ids (B, T), and where and what the model must predict.
+
+        column      0 .. Q-2    Q-1   Q  ..  Q+R-2   Q+R-1
+        ids         query ..... q     r0 ..  r(R-2)  r(R-1)
+        predicts    -           r0    r1 ..  r(R-1)  -          <- `select` = Q-1 .. Q+R-2, `targets` = r0 .. r(R-1)
+
+    Returns ids (B, T), select (B, R), targets (B, R), mask (B, R), which is True on each row's own response.
+    """
+    ids, lengths = pad_right([[*query, *response] for query, response in zip(queries, responses)])
+    targets, response_lens = pad_right(responses)
+    columns = torch.arange(targets.shape[1])  # (R,)
+    select = (lengths - response_lens - 1)[:, None] + columns
+    mask = columns < response_lens[:, None]
+    return tuple(x.to(device) for x in (ids, select.clamp(max=ids.shape[1] - 1), targets, mask))
+
+
+def accuracy_table(rows, margins):
+    """How often the better response has the higher score: overall and by batch, confidence and pair of policies.
+
+    rows: a data set of pairs. margins (n,): score of the chosen minus score of the rejected response.
+    Confidence is symmetric about 5, so |c - 5| is its strength (detail 6). Returns {group: {"accuracy", "n"}}.
+    """
+    right = np.asarray(margins.cpu()) > 0
+    confidence = [abs(c - 5) if c else "" for c in rows["confidence"]]
+    columns = {"batch": rows["batch"], "|confidence - 5|": confidence, "policies": rows["policies"]}
+    table = {"all": {"accuracy": float(right.mean()), "n": len(right)}}
+    for title, column in columns.items():
+        groups = np.array([str(value) for value in column])
+        for group in sorted(set(groups) - {""}):
+            chosen = right[groups == group]
+            table[f"{title} {group}"] = {"accuracy": float(chosen.mean()), "n": len(chosen)}
+    return table

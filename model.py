@@ -1,0 +1,496 @@
+"""GPT-NeoX, the architecture of Pythia, with its weights in the hub's own layout.
+
+    model = GPTNeoX.from_pretrained("EleutherAI/pythia-160m")     # a hub id, or a directory
+    logits = model(ids)                                           # (B, T) -> (B, T, V)
+
+The modules carry the hub's names, so `state_dict()` *is* the content of model.safetensors.
+
+Shapes: B batch, T sequence, Q query, R response, V vocabulary, D width, H heads, E = D / H head width.
+
+Every batch is padded on the right. A causal row never looks to its right, so a full pass needs no mask,
+and what stands in a pad column cannot reach a real one. RoPE makes attention depend on distances only,
+so this is the same function as left padding.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from configurator import UserError, check
+
+# Masks and rotary tables that old Pythia files carry along; they hold nothing that was learned.
+BUFFERS = (".attention.bias", ".attention.masked_bias", ".attention.rotary_emb.inv_freq")
+
+
+@dataclass
+class GPTNeoXConfig:
+    """The fields of the hub's config.json that shape the computation; the defaults are Pythia-14m's."""
+
+    vocab_size: int = 50304
+    hidden_size: int = 128
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    intermediate_size: int = 0  # 0: four times hidden_size
+    rotary_pct: float = 0.25
+    rotary_emb_base: float = 10000.0
+    max_position_embeddings: int = 2048
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    use_parallel_residual: bool = True
+    hidden_act: str = "gelu"
+    attention_bias: bool = True
+    tie_word_embeddings: bool = False
+    bos_token_id: int = 0
+    eos_token_id: int = 0
+
+    def __post_init__(self):
+        self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model config: {name} must be positive, got {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads or self.rotary_dims % 2:
+            raise UserError(
+                f"model config: hidden_size {self.hidden_size} must divide into num_attention_heads "
+                f"{self.num_attention_heads}, and rotary_pct {self.rotary_pct} of a head must be an even width"
+            )
+        for name, value in dict(hidden_act="gelu", attention_bias=True, tie_word_embeddings=False).items():
+            if getattr(self, name) != value:
+                raise UserError(f"model config: {name} = {getattr(self, name)!r} is not supported, only {value!r}")
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_dims(self):
+        return int(self.head_dim * self.rotary_pct)
+
+    @classmethod
+    def from_directory(cls, directory):
+        """Read `directory`/config.json; keys that do not shape the computation are ignored."""
+        path = os.path.join(directory, "config.json")
+        values = read_json(path)
+        if values.get("model_type", "gpt_neox") != "gpt_neox":
+            raise UserError(f"{path}: model_type is {values['model_type']!r}; only gpt_neox (Pythia) can be loaded")
+        # transformers 5 writes the rotary fields under other names
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise UserError(f"{path}: rope scaling {rope!r} is not supported; use a model without it")
+        for ours, theirs in dict(rotary_pct="partial_rotary_factor", rotary_emb_base="rope_theta").items():
+            if theirs in rope:
+                values[ours] = rope[theirs]
+        try:
+            return cls(**{f.name: check(f, values[f.name]) for f in fields(cls) if values.get(f.name) is not None})
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+
+# ---------------------------------------------------------------------------- the network
+
+
+class KVCache:
+    """Keys and values of one batch of right-padded queries and of the response tokens behind them.
+
+    Column c < Q holds query token c, column Q + t response token t, in every row. A short row's pad columns
+    are never attended to: `mask` (B, capacity) is True where a column counts. A response token's *position*
+    is its row's own (query length + t), so the gap in the columns leaves no gap in RoPE.
+    """
+
+    def __init__(self, query_lens, width, capacity):
+        columns = torch.arange(capacity, device=query_lens.device)
+        self.mask = (columns < query_lens[:, None]) | (columns >= width)  # (B, capacity)
+        self.query_lens, self.width, self.capacity, self.end = query_lens, width, capacity, 0
+        self.layers = {}  # layer -> keys, values (B, H, capacity, E), made at the layer's first tokens
+
+    def positions(self):
+        return self.query_lens[:, None] + self.end - self.width  # (B, 1), of the token now fed
+
+    def append(self, layer, k, v):
+        """Store k, v (B, H, T, E) of the tokens now fed; return all that are stored, and their mask."""
+        if layer not in self.layers:
+            B, H, _, E = k.shape
+            self.layers[layer] = k.new_empty(B, H, self.capacity, E), k.new_empty(B, H, self.capacity, E)
+        end = self.end + k.shape[2]
+        keys, values = (stored[:, :, :end] for stored in self.layers[layer])
+        keys[:, :, self.end :], values[:, :, self.end :] = k, v
+        return keys, values, self.mask[:, None, None, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.n_heads = layer, config.num_attention_heads
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x, cos, sin, cache):
+        B, T, D = x.shape
+        # q, k and v of one head lie side by side, head after head
+        qkv = self.query_key_value(x).view(B, T, self.n_heads, 3, D // self.n_heads)
+        q, k, v = qkv.permute(3, 0, 2, 1, 4)  # (B, H, T, E) each
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        mask = None
+        if cache is not None:
+            decoding = cache.end > 0
+            keys, values, seen = cache.append(self.layer, k, v)
+            if decoding:
+                k, v, mask = keys, values, seen
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.dense(y.transpose(1, 2).reshape(B, T, D))
+
+
+def rotate(x, cos, sin):
+    """RoPE on the first `rot` of E dims (arXiv:2104.09864, NeoX half style): x (B, H, T, E); cos, sin (.., T, rot)."""
+    rot = cos.shape[-1]
+    head, rest = x[..., :rot], x[..., rot:]
+    a, b = head.chunk(2, dim=-1)
+    return torch.cat((head * cos + torch.cat((-b, a), dim=-1) * sin, rest), dim=-1)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x)))  # the exact (erf) GELU
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.parallel = config.use_parallel_residual
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, h, cos, sin, cache=None):
+        attended = self.attention(self.input_layernorm(h), cos, sin, cache)
+        if self.parallel:  # both branches read the same h
+            return h + attended + self.mlp(self.post_attention_layernorm(h))
+        h = h + attended
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class Body(nn.Module):
+    """Embedding, blocks, final LayerNorm: ids (B, T) -> hidden states (B, T, D), or (B, R, D) at `select`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_in = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, ids, select=None, cache=None):
+        if ids.shape[1] > self.config.max_position_embeddings:
+            limit = self.config.max_position_embeddings
+            raise UserError(f"a sequence of {ids.shape[1]} tokens is longer than the model's {limit}; shorten the rows")
+        h = self.embed_in(ids)
+        if cache is not None and cache.end > 0:
+            positions = cache.positions()[:, None]  # (B, 1, T)
+        else:
+            positions = torch.arange(ids.shape[1], device=ids.device)  # (T,), the same for all rows
+        cos, sin = self.rope(positions, h.dtype)
+        for layer in self.layers:
+            h = layer(h, cos, sin, cache)
+        if cache is not None:
+            cache.end += ids.shape[1]
+        if select is not None:
+            h = h.gather(1, select[..., None].expand(-1, -1, h.shape[-1]))
+        return self.final_layer_norm(h)
+
+    def rope(self, positions, dtype):
+        """Positions (..., T) -> cos, sin (..., T, rot), computed in float32 and then cast."""
+        rot = self.config.rotary_dims
+        exponent = torch.arange(0, rot, 2, device=positions.device).float() / rot
+        angles = positions[..., None].float() * self.config.rotary_emb_base**-exponent
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+class Pretrained(nn.Module):
+    """What both models share: a body named `gpt_neox`, loading and saving."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.gpt_neox = Body(config)
+
+    @classmethod
+    def from_pretrained(cls, source, revision="main", dtype=torch.float32):
+        """Load from a hub id or a directory (single or sharded safetensors) onto the CPU as `dtype`.
+
+        Raises UserError if a tensor is missing, unexpected, mis-shaped or not finite, or a file is unreadable.
+        """
+        directory = find_model(source, revision)
+        with torch.device("meta"):  # no memory and no random numbers spent on weights about to be read
+            model = cls(GPTNeoXConfig.from_directory(directory)).to(dtype)
+        model.to_empty(device="cpu")
+        load_weights(model, directory)
+        return model
+
+    def save_pretrained(self, directory, max_shard_bytes=5_000_000_000):
+        """Write config.json and model.safetensors (or shards and an index) as transformers reads them.
+
+        With sharded parameters every rank must call this: tensors are gathered one file at a time, rank 0 writes.
+        """
+        state = self.state_dict()
+        shards, size = [[]], 0
+        for name, tensor in state.items():
+            if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+                shards, size = [*shards, []], 0
+            shards[-1].append(name)
+            size += tensor.nbytes
+        writes = not dist.is_initialized() or dist.get_rank() == 0
+        if writes:
+            os.makedirs(directory, exist_ok=True)
+        weight_map = {}
+        for number, names in enumerate(shards, start=1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+            tensors = {name: full(state[name]).cpu().contiguous() for name in names}
+            weight_map.update(dict.fromkeys(names, file))
+            if writes:
+                save_file(tensors, os.path.join(directory, file), metadata={"format": "pt"})
+        if writes:
+            dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+            meta = dict(architectures=[self.architecture], model_type="gpt_neox", torch_dtype=dtype)
+            write_json(os.path.join(directory, "config.json"), {**meta, **asdict(self.config)})
+            if len(shards) > 1:
+                total = sum(tensor.nbytes for tensor in state.values())
+                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+                write_json(os.path.join(directory, "model.safetensors.index.json"), index)
+
+
+class GPTNeoX(Pretrained):
+    """The language model: forward(ids (B, T), select=None (B, R)) -> logits (B, R or T, V)."""
+
+    architecture = "GPTNeoXForCausalLM"
+    float32_modules = ()
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_out = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        init_weights(self)
+
+    def forward(self, ids, select=None, cache=None):
+        return self.embed_out(self.gpt_neox(ids, select, cache))
+
+
+class ScalarModel(Pretrained):
+    """A reward model or a critic: forward(ids (B, T), select=None (B, R)) -> scalars (B, R or T).
+
+    The head reads the hidden state after the final LayerNorm (arXiv:2403.17031 details 11 and 12). Its bias
+    also carries the reward normalisation, so that nothing lives outside the tensors.
+    """
+
+    architecture = "GPTNeoXScalarModel"  # not transformers' sequence classifier, whose head would drop the bias
+    float32_modules = ("score",)  # near 5, neighbouring bfloat16 numbers are 0.03 apart
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.score = nn.Linear(config.hidden_size, 1)
+        init_weights(self)
+
+    def forward(self, ids, select=None):
+        return self.score(self.gpt_neox(ids, select)).squeeze(-1).float()
+
+
+@torch.no_grad()
+def init_weights(model, seed=None, only=""):
+    """Random weights: N(0, initializer_range), biases 0, LayerNorm 1; the reward head N(0, 1 / sqrt(D + 1)).
+
+    seed: None draws from torch's global generator. With a number each tensor has a generator of its own, so
+          that all shardings give the same model. only: a name prefix, for a new head on a trained body.
+    """
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        if parameter.is_meta or not name.startswith(only):
+            continue
+        generator = None if seed is None else torch.Generator().manual_seed(seed * 1_000_003 + index)
+        std = 1 / math.sqrt(model.config.hidden_size + 1) if name.startswith("score") else model.config.initializer_range
+        if name.endswith("bias"):
+            value = torch.zeros(parameter.shape)
+        elif "norm" in name:
+            value = torch.ones(parameter.shape)
+        else:
+            value = torch.randn(parameter.shape, generator=generator) * std
+        copy_rows(parameter, value)
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def find_model(source, revision="main"):
+    """A directory as it is; anything else is a hub id, whose JSON and safetensors files are fetched."""
+    if os.path.isdir(source):
+        return source
+    try:
+        from huggingface_hub import snapshot_download
+
+        return snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors"])
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"model {source!r}: neither a directory nor to be had from the hub ({reason})") from None
+
+
+def weight_files(directory):
+    """Map each stored tensor's name to its file: by the index if there is one, else all of model.safetensors."""
+    index = os.path.join(directory, "model.safetensors.index.json")
+    if os.path.exists(index):
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+            raise UserError(f"{index}: has no weight_map from tensor to file name; download it again")
+        return {name: os.path.join(directory, os.path.basename(file)) for name, file in weight_map.items()}
+    single = os.path.join(directory, "model.safetensors")
+    return dict.fromkeys(open_weights(single).keys(), single)
+
+
+def open_weights(path):
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        hint = "is it the directory of a model in safetensors format?" if not os.path.exists(path) else "copy it again"
+        raise UserError(f"{path}: cannot be read as safetensors ({error}); {hint}") from None
+
+
+@torch.no_grad()
+def load_weights(model, directory, new_head=False):
+    """Fill `model` from `directory`; a sharded parameter reads only its own rows from the file.
+
+    new_head: take the body alone, from a model of the other kind, and leave the head as it is.
+    """
+    part = "gpt_neox." if new_head else ""
+    files = {name: path for name, path in weight_files(directory).items() if name.startswith(part)}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(part)}
+    found = {name for name in files if not name.endswith(BUFFERS)}
+    for problem, names in (("missing", state.keys() - found), ("unexpected", found - state.keys())):
+        if names:
+            some = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            raise UserError(f"{directory}: {problem} {some} for a {model.architecture}; is it another kind of model?")
+    handles = {path: open_weights(path) for path in set(files.values())}
+    for name, tensor in state.items():
+        path = files[name]
+        try:
+            stored = handles[path].get_slice(name)
+            shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
+        except SafetensorError as error:
+            raise UserError(f"{path}: has no tensor {name} ({error}); the index does not fit its files") from None
+        if shape != tuple(tensor.shape) or dtype not in ("F16", "BF16", "F32"):
+            wanted = f"floats of shape {tuple(tensor.shape)}"
+            raise UserError(f"{path}: {name} is {dtype} of shape {shape}, but config.json asks for {wanted}")
+        if not copy_rows(tensor, stored).isfinite().all():
+            raise UserError(f"{path}: {name} has values that are not finite; copy the file again")
+
+
+def copy_rows(tensor, source):
+    """Copy into `tensor` (or into this rank's shard of it) its rows of the full `source`; return what it holds now."""
+    start, local = 0, tensor
+    if isinstance(tensor, DTensor):
+        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        start, local = offset[0], tensor.to_local()
+    if local.numel():
+        local.copy_(source[start : start + len(local)])
+    return local
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def read_json(path):
+    """Read a JSON object; raises UserError if `path` is missing or holds something else."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); check the path or copy the file again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds a {type(values).__name__}, not a JSON object; copy the file again")
+    return values
+
+
+def write_json(path, values):
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(values, file, indent=2)
+        file.write("\n")
+
+
+# ---------------------------------------------------------------------------- probabilities and generation
+
+
+def token_logprobs(logits, tokens, temperature=1.0, n_vocab=None):
+    """Log-probabilities (B, R) in float32 of `tokens` (B, R) under softmax(logits (B, R, V) / temperature).
+
+    n_vocab: the ids from there on are padding rows of the vocabulary that no text uses, and have no probability.
+    """
+    logits = logits[..., :n_vocab].float()
+    if temperature != 1:
+        logits = logits / temperature
+    return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def sample_token(logits, temperature, uniforms, n_vocab=None):
+    """Draw a token for each row of logits (B, V) by inverting the CDF at `uniforms` (B,); temperature 0: the argmax.
+
+    Returns tokens (B,) and their log-probabilities (B,) at that temperature (at 1 if it is 0).
+    """
+    logits = logits[:, :n_vocab].float()
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+        return tokens, token_logprobs(logits, tokens)
+    cdf = F.softmax(logits / temperature, dim=-1).cumsum(-1)  # (B, V)
+    # up to rounding the CDF ends at 1: scaling by its end keeps every draw inside it. `right` skips ids that
+    # have no probability at all.
+    tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).squeeze(-1)
+    tokens = tokens.clamp(max=cdf.shape[1] - 1)
+    return tokens, token_logprobs(logits, tokens, temperature)
+
+
+@torch.no_grad()
+def generate(
+    model, queries, query_lens, max_new_tokens, temperature, uniforms=None, eos_id=None, n_vocab=None,
+    return_logprobs=False,
+):  # fmt: skip
+    """Continue right-padded queries (B, Q) of lengths query_lens (B,) by max_new_tokens = R tokens: (B, R).
+
+    temperature:     0 is greedy; else one uniform of `uniforms` (B, R) in [0, 1) decides each token.
+    eos_id:          if given, a row that has drawn it goes on with it, and the loop ends once all rows have.
+    n_vocab:         ids at or above it are never generated.
+    return_logprobs: also return the log-probabilities (B, R) of the tokens as they were drawn (0 after EOS).
+    """
+    width = int(query_lens.max())
+    is_query = torch.arange(width, device=queries.device) < query_lens[:, None]  # (B, width)
+    queries = queries[:, :width].where(is_query, 0)  # a pad id need not be an id of the model
+    if width + max_new_tokens > model.config.max_position_embeddings:
+        limit = model.config.max_position_embeddings
+        raise UserError(f"{width} + {max_new_tokens} tokens are more than the model's {limit}; shorten the queries")
+    shape = (len(queries), max_new_tokens)
+    responses = torch.full(shape, 0 if eos_id is None else eos_id, device=queries.device)
+    logprobs = torch.zeros(shape, device=queries.device)
+    done = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
+    cache = KVCache(query_lens, width, width + max_new_tokens)
+    for t in range(max_new_tokens):
+        if t == 0:
+            logits = model(queries, select=query_lens[:, None] - 1, cache=cache)  # prefill
+        else:
+            logits = model(responses[:, t - 1 : t], cache=cache)  # decode one token
+        tokens, logprob = sample_token(logits[:, 0], temperature, None if uniforms is None else uniforms[:, t], n_vocab)
+        if eos_id is not None:
+            tokens, logprob = tokens.where(~done, eos_id), logprob.where(~done, 0.0)
+            done |= tokens == eos_id
+        responses[:, t], logprobs[:, t] = tokens, logprob
+        if done.all():
+            break
+    return (responses, logprobs) if return_logprobs else responses

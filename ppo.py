@@ -1,0 +1,348 @@
+"""PPO: the policy samples responses, the reward model scores them, clipped updates follow; a KL penalty holds it back.
+
+    python ppo.py config/toy_ppo.py                                  # a CPU, minutes
+    torchrun --nproc_per_node=8 ppo.py config/ppo_2.8b.py
+    ppo.main(ppo.Config(...), score=f)                               # a notebook; f(queries, responses) -> floats
+
+Four models: the policy and the critic are trained, the reference (the initial policy) and the reward model are frozen.
+The critic starts from the reward model (detail 22). Every random number depends on (seed, step, row) alone.
+
+Shapes: B rows, Q query, R response, T = Q + R, V vocabulary. Masks are True where a token counts.
+
+    column       0 .. Q-2   Q-1   Q   ..  e = EOS   e+1  ..
+    ids          query      q     r0  ..  EOS       (nothing that counts)
+    logprobs     -          r0    r1  ..  -                    log p of the *next* token: rows Q-1 .. T-2
+    values       -          v0    v1  ..  v(EOS+1)             worth of the text so far, before the next token
+    mask         r0 .. EOS: the policy's actions
+    mask_p1      one more: the value after EOS. The score is paid there, one step after EOS, so that EOS itself
+                 is credited through GAE; a response cut off without EOS is paid at its last token.
+
+differs from the reference step of arXiv:2403.17031:
+- Log-probabilities are recomputed by the forward pass that trains, in float32, not taken from generation.
+- Means are over all tokens of a minibatch on all processes, not per micro-batch, and whitening is over all
+  processes: the result depends on neither.
+- Metrics leave out padding. `val/ratio` is that of the first minibatch, where it must be 1.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import runtime
+from configurator import configure
+from data import Tokenizer, batch_rows, collate, pad_right, uniforms
+from model import GPTNeoX, ScalarModel, token_logprobs
+
+
+@dataclass
+class Config(runtime.TrainConfig):
+    model: str = "out/sft_1b/final"  # the SFT model, where the policy starts: hub id or directory
+    reference: str = ""  # the frozen reference; empty: the same as model
+    reward_model: str = "out/rm_1b/final"  # hub id or directory
+    critic: str = ""  # where the critic starts; empty: the reward model (with a score function: model, with a new head)
+    data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # queries: hub id, directory or file with {split}
+    eval_split: str = ""  # sample.py evaluates
+    max_length: int = 512  # tokens of a query; a longer one is an error
+    episodes: int = 1_000_000  # responses sampled in the whole run
+    batch_size: int = 512  # episodes per update, over all processes
+    n_minibatches: int = 1  # optimizer steps per epoch over a batch
+    n_epochs: int = 4  # passes over each batch
+    micro_batch_size: int = 16  # rows per forward and backward pass and process
+    rollout_micro_batch_size: int = 64  # rows per pass without gradients and process
+    schedule: str = "linear"  # of the learning rate: linear or cosine to 0, or constant
+    response_length: int = 53  # tokens sampled at most
+    temperature: float = 0.7  # of sampling, and of all log-probabilities
+    missing_eos_score: float = -1.0  # the score of a response without EOS (detail 23.3)
+    kl_coef: float = 0.05  # penalty per nat of KL to the reference
+    kl_target: float = 0.0  # adapt kl_coef towards this KL per sequence; 0: keep it fixed
+    kl_horizon: int = 10_000  # episodes over which it adapts
+    whiten_rewards: bool = False  # scale rewards to variance 1 (detail 24)
+    gamma: float = 1.0  # discount
+    lam: float = 0.95  # GAE's lambda
+    cliprange: float = 0.2  # of the policy's ratio
+    cliprange_value: float = 0.2  # of the critic's change
+    vf_coef: float = 0.1  # weight of the value loss
+    samples_every: int = 10  # updates between rows in samples.jsonl; 0: none
+
+
+# ---------------------------------------------------------------------------- the math
+
+
+def find_eos(responses, eos_id):
+    """responses (B, R) -> has_eos (B,), last (B,): the index of the first EOS, R - 1 if there is none."""
+    is_eos = responses == eos_id
+    has_eos = is_eos.any(1)
+    return has_eos, is_eos.int().argmax(1).where(has_eos, responses.shape[1] - 1)
+
+
+def shape_rewards(logprobs, ref_logprobs, scores, last, mask, kl_coef, whiten_rewards=False):
+    """Rewards per token (B, R): -kl_coef * KL, plus the score; and the KL (B, R), log p - log p_ref (k1).
+
+    scores (B,) are paid at last + 1, the step after EOS, or at the last column if there is no such step.
+    whiten_rewards: divide by the standard deviation, keep the mean (arXiv:2403.17031 detail 24).
+    """
+    kl = (logprobs - ref_logprobs) * mask
+    rewards = -kl_coef * kl
+    end = (last + 1).clamp(max=mask.shape[1] - 1)
+    rewards[torch.arange(len(rewards), device=rewards.device), end] += scores
+    if whiten_rewards:
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        rewards = whiten(rewards, columns <= last[:, None] + 1, shift_mean=False)
+    return rewards, kl
+
+
+def gae(rewards, values, gamma, lam):
+    """Generalised advantage estimation: (B, R) from rewards and values (B, R). (arXiv:1506.02438 eq. 16)
+
+    The value after the last column is 0.
+    """
+    advantages, next_value, advantage = torch.zeros_like(rewards), 0.0, 0.0
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * lam * advantage
+        advantages[:, t], next_value = advantage, values[:, t]
+    return advantages
+
+
+def whiten(x, mask, shift_mean=True):
+    """Scale x (B, R) to variance 1 (biased) and mean 0 over `mask`; shift_mean=False keeps the mean. 0 elsewhere."""
+    count = mask.sum()
+    mean = (x * mask).sum() / count
+    variance = ((x - mean) ** 2 * mask).sum() / count
+    whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return (whitened if shift_mean else whitened + mean) * mask
+
+
+def policy_loss(new_logprobs, logprobs, advantages, cliprange):
+    """Clipped surrogate, negated: (B, R). (arXiv:1707.06347 eq. 7)"""
+    ratio = torch.exp(new_logprobs - logprobs)
+    pg_loss = -advantages * ratio
+    pg_loss_clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    return torch.maximum(pg_loss, pg_loss_clipped)
+
+
+def value_loss(new_values, values, returns, cliprange_value):
+    """Half the squared error, or that of the value clipped to stay near the old one if it is larger: (B, R)."""
+    clipped = values + (new_values - values).clamp(-cliprange_value, cliprange_value)
+    vf_loss = (new_values - returns) ** 2
+    vf_loss_clipped = (clipped - returns) ** 2
+    return 0.5 * torch.maximum(vf_loss, vf_loss_clipped)
+
+
+class FixedKLController:
+    def __init__(self, kl_coef):
+        self.value = kl_coef
+
+    def update(self, kl, n_episodes):
+        pass
+
+
+class AdaptiveKLController:
+    """Raise the coefficient while KL is above target, lower it while below. (arXiv:1909.08593 section 2.2)"""
+
+    def __init__(self, kl_coef, target, horizon):
+        self.value, self.target, self.horizon = kl_coef, target, horizon
+
+    def update(self, kl, n_episodes):
+        """kl: the batch's mean KL per sequence, in nats; n_episodes: its size."""
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.value *= 1 + error * n_episodes / self.horizon
+
+
+# ---------------------------------------------------------------------------- the rollout
+
+
+def model_scores(reward_model, device, queries, responses):
+    """Scores (B,): the reward model's scalar at the last token, which is EOS where there is one (detail 12)."""
+    ids, lengths = pad_right([query + response for query, response in zip(queries, responses)])
+    return reward_model(ids.to(device), lengths[:, None].to(device) - 1)[:, 0]
+
+
+def function_scores(function, tokenizer, device, queries, responses):
+    """Scores (B,) by a Python function of two lists of texts that returns a list of floats."""
+    texts = [[tokenizer.decode(ids) for ids in rows] for rows in (queries, responses)]
+    return torch.tensor([float(score) for score in function(*texts)], device=device)
+
+
+def entropy(logits, temperature, n_vocab):
+    """Entropy (B, R) in nats of the distribution that is sampled from, of logits (B, R, V)."""
+    logprobs = F.log_softmax(logits[..., :n_vocab].float() / temperature, dim=-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def model_inputs(queries, responses, last, device):
+    """ids (B, T), select and targets (B, R'), with every row cut one token behind its EOS: that is all that counts."""
+    cut = [row[: end + 2] for row, end in zip(responses.tolist(), last.tolist())]
+    return collate(queries, cut, device)[:3]
+
+
+def rollout(run, cfg, policy, reference, critic, score, queries, step, tokenizer):
+    """Sample a response to each of the batch's queries (B lists of ids), and look at it with every model.
+
+    score(queries, responses) -> (rows,) gets lists of ids, the responses cut behind EOS.
+    Returns a dict of tensors over the whole batch, the same on every rank: responses, sampled_logprobs, logprobs,
+    ref_logprobs, values and entropy (B, R), scores and last (B,).
+    """
+    draws, size = uniforms((len(queries), cfg.response_length), cfg.seed, step), cfg.rollout_micro_batch_size
+    responses, sampled = runtime.generate_rows(run, policy, queries, draws, cfg.temperature, tokenizer, size)
+    last = find_eos(responses, tokenizer.eos_id)[1]
+
+    def look(index):
+        prompts = [queries[i] for i in index]
+        ids, select, targets = model_inputs(prompts, responses[index], last[index], run.device)
+        logits, temperature, n_vocab = policy(ids, select), cfg.temperature, tokenizer.n_vocab
+        columns = dict(
+            logprobs=token_logprobs(logits, targets, temperature, n_vocab),
+            ref_logprobs=token_logprobs(reference(ids, select), targets, temperature, n_vocab),
+            values=critic(ids, select),
+            entropy=entropy(logits, temperature, n_vocab),
+        )
+        columns = {name: F.pad(x, (0, cfg.response_length - x.shape[1])) for name, x in columns.items()}
+        ended = [row[: end + 1] for row, end in zip(responses[index].tolist(), last[index].tolist())]
+        return columns | {"scores": score(prompts, ended)}
+
+    seen = run.map_rows(look, total_lengths(queries, last), size)
+    return seen | dict(responses=responses, sampled_logprobs=sampled, last=last)
+
+
+def total_lengths(queries, last):
+    return np.array([len(query) for query in queries]) + last.cpu().numpy()
+
+
+def prepare(cfg, batch, kl_coef, eos_id):
+    """Add to a rollout's tensors what the update needs: masks, rewards, advantages (whitened) and returns."""
+    has_eos, last = find_eos(batch["responses"], eos_id)
+    columns = torch.arange(cfg.response_length, device=last.device)
+    mask, mask_p1 = columns <= last[:, None], columns <= last[:, None] + 1
+    scores = batch["scores"].where(has_eos, cfg.missing_eos_score)
+    logprobs, ref_logprobs, values = batch["logprobs"], batch["ref_logprobs"], batch["values"] * mask_p1
+    rewards, kl = shape_rewards(logprobs, ref_logprobs, scores, last, mask, kl_coef, cfg.whiten_rewards)
+    advantages = gae(rewards, values, cfg.gamma, cfg.lam)
+    returns, advantages = advantages + values, whiten(advantages, mask)
+    new = dict(mask=mask, mask_p1=mask_p1, scores=scores, has_eos=has_eos, rewards=rewards, kl=kl)
+    return batch | new | dict(values=values, returns=returns, advantages=advantages)
+
+
+def rollout_metrics(batch, kl_coef):
+    """What the samples say, before any update; sums are per sequence, in nats."""
+    mask, kl = batch["mask"], batch["kl"].sum(1).mean().item()
+    scores, tokens = batch["scores"].mean().item(), mask.sum().item()
+    return {
+        "objective/kl": kl,
+        "objective/kl_coef": kl_coef,
+        "objective/entropy": -(batch["logprobs"] * mask).sum(1).mean().item(),
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": scores - kl_coef * kl,
+        "objective/scores": scores,
+        "policy/entropy_avg": (batch["entropy"] * mask).sum().item() / tokens,
+        "val/num_eos_tokens": batch["has_eos"].sum().item(),
+        "val/eos_rate": batch["has_eos"].float().mean().item(),
+        "val/response_length": tokens / len(mask),
+        "val/generation_gap": ((batch["sampled_logprobs"] - batch["logprobs"]).abs() * mask).sum().item() / tokens,
+    }
+
+
+# ---------------------------------------------------------------------------- the update
+
+
+def ppo_loss(cfg, new_logprobs, new_values, micro, n_actions, n_values):
+    """A micro-batch's part of its minibatch's loss, and of its statistics (a dict of scalars); both add up.
+
+    n_actions, n_values: how many tokens count in the whole minibatch, over all micro-batches and ranks.
+    """
+    advantages, mask = micro["advantages"], micro["mask"] / n_actions  # (B, R), summing to 1 over the minibatch
+    mask_p1 = micro["mask_p1"] / n_values
+    pg_loss = policy_loss(new_logprobs, micro["logprobs"], advantages, cfg.cliprange)
+    vf_loss = value_loss(new_values, micro["values"], micro["returns"], cfg.cliprange_value)
+    loss = (pg_loss * mask).sum() + cfg.vf_coef * (vf_loss * mask_p1).sum()
+    with torch.no_grad():
+        log_ratio = (new_logprobs - micro["logprobs"]) * micro["mask"]
+        ratio, unclipped_vf_loss = log_ratio.exp(), 0.5 * (new_values - micro["returns"]) ** 2
+        stats = {
+            "loss/policy_avg": (pg_loss * mask).sum(),
+            "loss/value_avg": (vf_loss * mask_p1).sum(),
+            "policy/approxkl_avg": (0.5 * log_ratio**2 * mask).sum(),
+            "policy/clipfrac_avg": ((pg_loss > -advantages * ratio) * mask).sum(),
+            "val/clipfrac_avg": ((vf_loss > unclipped_vf_loss) * mask_p1).sum(),
+            "val/ratio_avg": (ratio * mask).sum(),
+            "val/ratio_var": ((ratio - 1) ** 2 * mask).sum(),
+        }
+    return loss, stats
+
+
+def ppo_update(run, cfg, policy, critic, optimizer, queries, batch, step, total, n_vocab):
+    """n_epochs x n_minibatches optimizer steps on one batch; returns metrics, averaged over those steps."""
+    lengths, n_steps = total_lengths(queries, batch["last"]), cfg.n_epochs * cfg.n_minibatches
+    sums = {"val/ratio": 0.0}
+    for epoch in range(cfg.n_epochs):
+        order = np.random.default_rng((cfg.seed, step, epoch)).permutation(len(queries))
+        for number, rows in enumerate(np.split(order, cfg.n_minibatches)):
+            n_actions, n_values = batch["mask"][rows].sum(), batch["mask_p1"][rows].sum()
+            for index in run.share(lengths[rows], cfg.micro_batch_size):
+                micro = {name: x[rows[index]] for name, x in batch.items()}
+                prompts = [queries[i] for i in rows[index]]
+                ids, select, targets = model_inputs(prompts, micro["responses"], micro["last"], run.device)
+                micro = {name: x[:, : targets.shape[1]] if x.dim() == 2 else x for name, x in micro.items()}
+                new_logprobs = token_logprobs(policy(ids, select), targets, cfg.temperature, n_vocab)
+                loss, stats = ppo_loss(cfg, new_logprobs, critic(ids, select), micro, n_actions, n_values)
+                runtime.backward(run, loss)
+                for name, value in stats.items():
+                    sums[name] = sums.get(name, 0.0) + value / n_steps
+                if epoch == number == 0:  # before any step of this update: 1, or rollout and update disagree
+                    sums["val/ratio"] += stats["val/ratio_avg"]
+            metrics = runtime.optimizer_step(run, optimizer, step, total)
+    return run.sum(sums) | metrics
+
+
+def write_samples(run, step, queries, batch, tokenizer, n=4):
+    rows = []
+    for query, response, score, kl in zip(queries[:n], batch["responses"], batch["scores"], batch["kl"].sum(1)):
+        texts = dict(query=tokenizer.decode(query), response=tokenizer.decode(response))
+        rows.append(dict(step=step, **texts, score=score.item(), kl=kl.item()))
+    runtime.append_jsonl(run.out_dir / "samples.jsonl", rows)
+
+
+def main(cfg, score=None):
+    """score: a function of (query texts, response texts) -> list of floats that replaces the reward model."""
+    run = runtime.start(cfg)
+    if run is None:
+        return
+    tokenizer = Tokenizer.load(cfg.model)
+    rows = runtime.load_splits(run, tokenizer, n_responses=0)[0]
+    policy = runtime.load_model(run, GPTNeoX, cfg.model, trainable=True)
+    reference = runtime.load_model(run, GPTNeoX, cfg.reference or cfg.model)
+    if score is None:
+        reward_model = runtime.load_model(run, ScalarModel, cfg.reward_model)
+        scorer = functools.partial(model_scores, reward_model, run.device)
+    else:
+        scorer = functools.partial(function_scores, score, tokenizer, run.device)
+    start = cfg.critic or (cfg.reward_model if score is None else "")
+    critic = runtime.load_model(run, ScalarModel, start or cfg.model, trainable=True, new_head=not start)
+    trained = nn.ModuleDict({"policy": policy, "critic": critic})
+    optimizer = runtime.make_optimizer(cfg, trained)
+    total = runtime.count_updates(run, len(rows), cfg.n_minibatches)
+    state = runtime.resume(run, trained, optimizer)
+    kl_control = FixedKLController(state.get("kl_coef", cfg.kl_coef))
+    if cfg.kl_target:
+        kl_control = AdaptiveKLController(kl_control.value, cfg.kl_target, cfg.kl_horizon)
+    for step in run.steps(state["step"], total):
+        queries = rows[batch_rows(len(rows), cfg.batch_size, step, cfg.seed)]["query"]
+        batch = rollout(run, cfg, policy, reference, critic, scorer, queries, step, tokenizer)
+        batch = prepare(cfg, batch, kl_control.value, tokenizer.eos_id)
+        metrics = {"episode": (step + 1) * cfg.batch_size} | rollout_metrics(batch, kl_control.value)
+        metrics |= ppo_update(run, cfg, policy, critic, optimizer, queries, batch, step, total, tokenizer.n_vocab)
+        kl_control.update(metrics["objective/kl"], cfg.batch_size)
+        run.log(step, metrics, watch=("objective/scores", "objective/kl", "val/eos_rate"))
+        if run.is_main and cfg.samples_every and step % cfg.samples_every == 0:
+            write_samples(run, step, queries, batch, tokenizer)
+        runtime.save_checkpoint(run, step + 1, trained, optimizer, kl_coef=kl_control.value)
+    runtime.export(run, policy, tokenizer)
+    run.close()
+
+
+if __name__ == "__main__":
+    main(configure(Config))

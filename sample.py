@@ -1,0 +1,136 @@
+"""Sample from a model and say how it does.
+
+    python sample.py --model=out/ppo_1b/final --prompt="SUBREDDIT: r/tifu ... TL;DR:"   # --prompt=- reads lines from stdin
+    python sample.py config/toy_sample.py --model=out/toy/ppo/final --out_dir=out/toy/ppo/samples
+    torchrun --nproc_per_node=8 sample.py --model=out/ppo_1b/final --reward_model=out/rm_1b/final --out_dir=out/samples
+
+Over a split it prints one table and writes out_dir/samples.jsonl (query, response, reference, tokens, eos, score,
+reference_score, kl) and out_dir/summary.json. The rows sampled and the tokens drawn depend on `seed` alone.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+import runtime
+from configurator import UserError, configure
+from data import Tokenizer, collate, load_rows, pad_right, uniforms
+from model import GPTNeoX, ScalarModel, token_logprobs, write_json
+
+
+@dataclass
+class Config:
+    model: str = "out/ppo_1b/final"  # what to sample from: hub id or directory
+    reward_model: str = ""  # scores responses and references, if given
+    reference: str = ""  # KL is measured to this model, if given
+    prompt: str = ""  # a text to continue as it stands, or - for one per line of stdin; empty: use data
+    data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # hub id, directory or file with {split}
+    split: str = "validation"
+    n_rows: int = 0  # sample for the first so many rows; 0: all
+    max_query_tokens: int = 512  # longer posts are cut (detail 2.2)
+    response_length: int = 53  # tokens sampled at most
+    temperature: float = 0.7  # 0: greedy
+    micro_batch_size: int = 64  # rows per forward pass and process
+    out_dir: str = ""  # where samples.jsonl and summary.json go; empty: only print
+    seed: int = 44413  # decides the tokens drawn
+    device: str = "auto"  # cpu, cuda, or auto: cuda if there is one
+    dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 on cuda
+
+
+def sample(run, cfg, model, queries, tokenizer):
+    """Responses to queries (lists of ids): lists of ids that end with EOS, unless cut off at response_length."""
+    draws = uniforms((len(queries), cfg.response_length), cfg.seed)
+    size, temperature = cfg.micro_batch_size, cfg.temperature
+    rows = runtime.generate_rows(run, model, queries, draws, temperature, tokenizer, size)[0].tolist()
+    return [row[: row.index(tokenizer.eos_id) + 1] if tokenizer.eos_id in row else row for row in rows]
+
+
+def measure(run, cfg, function, queries, responses):
+    """Apply function(queries, responses) -> (rows,) to micro-batches of all rows; returns a list of n floats."""
+    lengths = [len(query) + len(response) for query, response in zip(queries, responses)]
+
+    def apply(index):
+        return {"x": function([queries[i] for i in index], [responses[i] for i in index])}
+
+    return run.map_rows(apply, lengths, cfg.micro_batch_size)["x"].tolist()
+
+
+def reward(model, device, queries, responses):
+    """The reward model's scalar at each sequence's last token: (B,)."""
+    ids, lengths = pad_right([query + response for query, response in zip(queries, responses)])
+    return model(ids.to(device), lengths[:, None].to(device) - 1)[:, 0]
+
+
+def log_ratio(model, reference, device, temperature, n_vocab, queries, responses):
+    """log p - log p_reference, summed over each response: (B,); its mean over samples estimates the KL, in nats."""
+    ids, select, targets, mask = collate(queries, responses, device)
+    ours, theirs = (token_logprobs(m(ids, select), targets, temperature or 1.0, n_vocab) for m in (model, reference))
+    return ((ours - theirs) * mask).sum(1)
+
+
+def rouge(references, responses):
+    """Mean ROUGE F-measures by the rouge-score library."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        return {}
+    names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    scorer = RougeScorer(names)
+    scores = [scorer.score(reference, response) for reference, response in zip(references, responses)]
+    return {name: float(np.mean([score[name].fmeasure for score in scores])) for name in names}
+
+
+def evaluate(run, cfg, model, tokenizer):
+    """Sample for a split; returns (one dict per row, the summary), the same on every rank."""
+    with run.main_first():
+        rows = load_rows(cfg.data, cfg.split, tokenizer, n_responses=1, max_query_tokens=cfg.max_query_tokens)
+    rows = rows[: cfg.n_rows or len(rows)]
+    queries, references = rows["query"], [responses[0] for responses in rows["responses"]]
+    responses = sample(run, cfg, model, queries, tokenizer)
+    columns = {name: [tokenizer.decode(ids) for ids in column]
+               for name, column in dict(query=queries, response=responses, reference=references).items()}  # fmt: skip
+    columns["tokens"] = [len(response) for response in responses]
+    columns["eos"] = [response[-1] == tokenizer.eos_id for response in responses]
+    reference_tokens = float(np.mean([len(reference) for reference in references]))
+    summary = rouge(columns["reference"], columns["response"]) | {"reference_tokens": reference_tokens}
+    if cfg.reward_model:
+        reward_model = runtime.load_model(run, ScalarModel, cfg.reward_model)
+        for name, texts in (("score", responses), ("reference_score", references)):
+            columns[name] = measure(run, cfg, lambda q, r: reward(reward_model, run.device, q, r), queries, texts)
+    if cfg.reference:
+        anchor = runtime.load_model(run, GPTNeoX, cfg.reference)
+        settings = (model, anchor, run.device, cfg.temperature, tokenizer.n_vocab)
+        columns["kl"] = measure(run, cfg, lambda q, r: log_ratio(*settings, q, r), queries, responses)
+    means = {name: float(np.mean(column)) for name, column in columns.items() if not isinstance(column[0], str)}
+    return [dict(zip(columns, values)) for values in zip(*columns.values())], {"n": len(queries), **means, **summary}
+
+
+def main(cfg):
+    run = runtime.Run(cfg)
+    tokenizer = Tokenizer.load(cfg.model)
+    model = runtime.load_model(run, GPTNeoX, cfg.model)
+    if cfg.prompt:
+        for text in sys.stdin if cfg.prompt == "-" else [cfg.prompt]:
+            ids = tokenizer.encode(text.rstrip("\n"))
+            if not ids:
+                raise UserError("the prompt is empty; give a text")
+            response = tokenizer.decode(sample(run, cfg, model, [ids] * run.size, tokenizer)[0])
+            if run.is_main:
+                print(response, flush=True)
+    else:
+        rows, summary = evaluate(run, cfg, model, tokenizer)
+        if run.is_main:
+            print("\n".join(f"{name:18} {value:10.4f}" for name, value in summary.items()))
+            if cfg.out_dir:
+                run.out_dir.mkdir(parents=True, exist_ok=True)
+                (run.out_dir / "samples.jsonl").unlink(missing_ok=True)
+                runtime.append_jsonl(run.out_dir / "samples.jsonl", rows)
+                write_json(run.out_dir / "summary.json", {**summary, "config": asdict(cfg)})
+                print(json.dumps(str(run.out_dir / "samples.jsonl")))
+    run.close()
+
+
+if __name__ == "__main__":
+    main(configure(Config))

@@ -1,0 +1,120 @@
+"""Supervised fine-tuning: the model learns to continue a query with its reference response and EOS.
+
+    python sft.py config/toy_sft.py                                  # a CPU, a minute
+    torchrun --nproc_per_node=8 sft.py config/sft_2.8b.py
+
+Writes out_dir/final, where the reward model, PPO and DPO start.
+
+Shapes: B micro-batch, R predicted tokens, V vocabulary.
+
+differs: the reference averages over micro-batches of one sequence; here every micro-batch is weighted by its share
+of the whole batch, which gives the same mean over sequences for any micro-batch size and number of processes.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+import runtime
+from configurator import UserError, configure
+from data import Tokenizer, batch_rows, collate, load_rows
+from model import GPTNeoX, GPTNeoXConfig, token_logprobs
+
+
+@dataclass
+class Config(runtime.TrainConfig):
+    model: str = "EleutherAI/pythia-1b-deduped"  # hub id or directory
+    data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # hub id, directory, or file with {split} in its path
+    batch_size: int = 128  # rows per update, over all processes
+    max_length: int = 562  # tokens of query + response; a longer row is an error; 0: any
+    eval_rows: int = 0  # evaluate on the first so many rows; 0: all
+    eval_every: int = 0  # updates between evaluations; 0: only after the last
+    loss_on: str = "all"  # all: query and response, as the reference; response: the response alone
+    reduction: str = "sequence"  # sequence: mean over rows of each row's mean, as the reference; token: over all tokens
+    tokenizer: str = ""  # hub id, directory or tokenizer.json; empty: the model's
+    scratch: bool = False  # random weights, of the shape below, instead of `model`
+    hidden_size: int = 128
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    vocab_size: int = 0  # 0: the tokenizer's, rounded up to a multiple of 128
+
+
+def loss_weights(mask, reduction, n_rows, n_tokens):
+    """What each token's -log p counts in the loss: (B, R), summing to 1 over a batch of n_rows and n_tokens."""
+    if reduction == "token":
+        return mask / n_tokens
+    return mask / mask.sum(1, keepdim=True) / n_rows
+
+
+def inputs(rows, loss_on, device):
+    """Rows of a data set -> ids, select, targets, mask. The first token of all is never predicted."""
+    pairs = [(query, responses[0]) for query, responses in zip(rows["query"], rows["responses"])]
+    if loss_on == "all":
+        pairs = [((query + response)[:1], (query + response)[1:]) for query, response in pairs]
+    return collate(*zip(*pairs), device)
+
+
+def n_loss_tokens(rows, loss_on):
+    return sum(n - 1 if loss_on == "all" else len(r[0]) for n, r in zip(rows["length"], rows["responses"]))
+
+
+def update(run, cfg, model, rows):
+    """Accumulate the gradient of the batch `rows` (a dict of columns); returns the batch's loss."""
+    n_tokens, total = n_loss_tokens(rows, cfg.loss_on), 0.0
+    for index in run.share(rows["length"], cfg.micro_batch_size):
+        micro = {name: [column[i] for i in index] for name, column in rows.items()}
+        ids, select, targets, mask = inputs(micro, cfg.loss_on, run.device)
+        logprobs = token_logprobs(model(ids, select), targets)  # (B, R)
+        loss = -(logprobs * loss_weights(mask, cfg.reduction, cfg.batch_size, n_tokens)).sum()
+        runtime.backward(run, loss)
+        total += loss.detach()
+    return run.sum({"loss/sft": total})
+
+
+def evaluate(run, cfg, model, rows):
+    """Loss on held-out rows, reduced as in training."""
+
+    def nll(index):
+        ids, select, targets, mask = inputs(rows[index], cfg.loss_on, run.device)
+        return {"nll": -(token_logprobs(model(ids, select), targets) * mask).sum(1), "tokens": mask.sum(1)}
+
+    nll, tokens = run.map_rows(nll, rows["length"], cfg.micro_batch_size).values()
+    loss = nll.sum() / tokens.sum() if cfg.reduction == "token" else (nll / tokens).mean()
+    return {"eval/loss": loss.item()}
+
+
+def main(cfg):
+    for name, known in (("loss_on", ("all", "response")), ("reduction", ("sequence", "token"))):
+        if getattr(cfg, name) not in known:
+            raise UserError(f"{name} is {getattr(cfg, name)!r}; use one of {', '.join(known)}")
+    run = runtime.start(cfg)
+    if run is None:
+        return
+    tokenizer = Tokenizer.load(cfg.tokenizer or cfg.model)
+    rows, held_out = runtime.load_splits(run, tokenizer, n_responses=1)
+    if held_out and cfg.eval_rows:
+        held_out = held_out.select(range(min(cfg.eval_rows, len(held_out))))
+    scratch = None
+    if cfg.scratch:
+        vocab_size = cfg.vocab_size or -(-tokenizer.n_vocab // 128) * 128
+        scratch = GPTNeoXConfig(vocab_size, cfg.hidden_size, cfg.num_hidden_layers, cfg.num_attention_heads)
+    model = runtime.load_model(run, GPTNeoX, cfg.model, trainable=True, scratch=scratch)
+    trained = nn.ModuleDict({"model": model})
+    optimizer = runtime.make_optimizer(cfg, trained)
+    total = runtime.count_updates(run, len(rows))
+    for step in run.steps(runtime.resume(run, trained, optimizer)["step"], total):
+        metrics = {}
+        if held_out and cfg.eval_every and step % cfg.eval_every == 0:
+            metrics |= evaluate(run, cfg, model, held_out)
+        metrics |= update(run, cfg, model, rows[batch_rows(len(rows), cfg.batch_size, step, cfg.seed)])
+        metrics |= runtime.optimizer_step(run, optimizer, step, total)
+        run.log(step, metrics, watch=("loss/sft", "lr"))
+        runtime.save_checkpoint(run, step + 1, trained, optimizer)
+    if held_out:
+        run.log(total, evaluate(run, cfg, model, held_out), watch=("eval/loss",))
+    runtime.export(run, model, tokenizer)
+    run.close()
+
+
+if __name__ == "__main__":
+    main(configure(Config))

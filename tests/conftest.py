@@ -1,0 +1,42 @@
+"""Where the tests find real inputs: the Pythia tokenizer and a sample of TL;DR. Without them, tests skip."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+PLACES = [ROOT.parent / "shared" / "data"]
+if os.environ.get("NPLUS_DATA"):
+    PLACES.append(Path(os.environ["NPLUS_DATA"]))
+
+
+def find(name):
+    return next((place / name for place in PLACES if (place / name).exists()), None)
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer():
+    """Path of Pythia's tokenizer.json: 50,277 ids, among them 23 runs of spaces."""
+    path = find("pythia_tokenizer.json")
+    if path is None:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache("EleutherAI/pythia-14m", "tokenizer.json")
+        path = Path(cached) if isinstance(cached, str) else None
+    if path is None:
+        pytest.skip(
+            "no pythia_tokenizer.json in ../shared/data or $NPLUS_DATA, no pythia-14m in the hub's cache"
+        )
+    return path
+
+
+@pytest.fixture(scope="session")
+def tldr_sample():
+    """Directory of sft_{train,validation}.jsonl and comparisons_{train,validation}.jsonl."""
+    path = find("tldr_sample")
+    if path is None:
+        pytest.skip("no tldr_sample in ../shared/data or $NPLUS_DATA")
+    return path

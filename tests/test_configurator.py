@@ -1,0 +1,239 @@
+"""configurator.configure: dataclass < config files from left to right < --key=value, and nothing silent."""
+
+import os
+from dataclasses import dataclass
+
+import pytest
+
+from configurator import UserError, configure
+
+
+@dataclass
+class Config:
+    out_dir: str = "out/run"  # where the run goes
+    learning_rate: float = 3e-6  # peak of the schedule
+    batch_size: int = 64  # rows of one update, over all ranks
+    total_episodes: int = 1000  # rows of the whole run
+    whiten: bool = False  # whiten the rewards
+    dropout: float = 0.0  # off, as in the paper
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="x.py"):
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+def refusal(argv):
+    with pytest.raises(UserError) as error:
+        configure(Config, argv)
+    message = str(error.value)
+    assert message and "\n" not in message
+    assert error.value.code not in (0, None)  # the shell sees a failure
+    return message
+
+
+# ---- values ----------------------------------------------------------------------------------------------
+
+
+def test_no_arguments_give_the_defaults():
+    assert configure(Config, []) == Config()
+
+
+def test_argv_defaults_to_the_command_line(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["ppo.py", "--batch_size=7"])
+    assert configure(Config) == Config(batch_size=7)
+
+
+def test_later_sources_win(write):
+    first = write("batch_size = 1\nlearning_rate = 1.0\ntotal_episodes = 1", "a.py")
+    second = write("batch_size = 2\nlearning_rate = 2.0", "b.py")
+    cfg = configure(Config, [first, second, "--batch_size=3"])
+    assert (cfg.batch_size, cfg.learning_rate, cfg.total_episodes, cfg.dropout) == (3, 2.0, 1, 0.0)
+    assert configure(Config, [second, first]).batch_size == 1
+
+
+def test_later_of_two_equal_keys_wins():
+    assert configure(Config, ["--batch_size=1", "--batch_size=2"]).batch_size == 2
+
+
+def test_files_and_keys_may_be_mixed(write):
+    argv = [write("batch_size = 1", "a.py"), "--whiten", write("total_episodes = 5", "b.py"), "--dropout=0.5"]
+    assert configure(Config, argv) == Config(batch_size=1, whiten=True, total_episodes=5, dropout=0.5)
+
+
+def test_calls_do_not_share_values(write):
+    configure(Config, [write("batch_size = 1"), "--out_dir=elsewhere"])
+    assert configure(Config, []) == Config()
+
+
+@pytest.mark.parametrize("text, value", [("1e-5", 1e-5), ("2", 2.0), ("-0.5", -0.5), (".25", 0.25)])
+def test_float_from_command_line(text, value):
+    got = configure(Config, [f"--learning_rate={text}"]).learning_rate
+    assert got == value and type(got) is float
+
+
+def test_int_is_accepted_for_a_float_in_a_file(write):
+    got = configure(Config, [write("learning_rate = 1")]).learning_rate
+    assert got == 1.0 and type(got) is float
+
+
+@pytest.mark.parametrize(
+    "text", ["1e-5", "True", "None", "[1, 2]", "3", "__import__('os')", "a=b", "1 + 1", "'q'", "-x"]
+)
+def test_string_is_never_evaluated(text):
+    assert configure(Config, [f"--out_dir={text}"]).out_dir == text
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "batch_size", "whiten"])
+def test_code_on_the_command_line_is_never_run(key, tmp_path):
+    refusal([f"--{key}=__import__('pathlib').Path({str(tmp_path / 'made')!r}).touch() or 1"])
+    refusal([f"--{key}=1+1"])
+    assert not (tmp_path / "made").exists()
+
+
+def test_flag_alone_means_true():
+    assert configure(Config, ["--whiten"]).whiten is True
+
+
+@pytest.mark.parametrize("word, value", [("true", True), ("True", True), ("false", False), ("False", False)])
+def test_bool_words(word, value, write):
+    other = write(f"whiten = {not value}")
+    assert configure(Config, [other, f"--whiten={word}"]).whiten is value
+
+
+def test_config_file_may_calculate_from_earlier_names(write):
+    text = (
+        "batch_size = 8 * 4 * 2\n\n# a comment\ntotal_episodes = 10 * batch_size\nlearning_rate = 3e-6 / 2\n"
+    )
+    cfg = configure(Config, [write(text + 'out_dir = "out/" + str(batch_size)')])
+    assert cfg == Config(batch_size=64, total_episodes=640, learning_rate=1.5e-6, out_dir="out/64")
+
+
+def test_underscore_names_in_a_file_are_helpers(write):
+    cfg = configure(Config, [write("_gpus = 8\nbatch_size = 16 * _gpus")])
+    assert cfg == Config(batch_size=128)
+    assert "_gpus" in refusal(["--_gpus=8"])
+
+
+# ---- refusals --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["learning_rat", "learnign_rate", "lerning_rate"])
+def test_unknown_key_names_the_nearest(key, write):
+    for argv in ([f"--{key}=1"], [f"--{key}"], [write(f"{key} = 1")]):
+        message = refusal(argv)
+        assert key in message and "learning_rate" in message
+    assert "x.py" in refusal([write(f"{key} = 1")])
+
+
+def test_unknown_key_is_an_error_even_when_a_known_one_follows(write):
+    assert "batchsize" in refusal([write("batchsize = 1\nbatch_size = 2")])
+    assert "batchsize" in refusal(["--batchsize=1", "--batch_size=2"])
+
+
+WRONG_IN_FILE = [
+    ("batch_size", "'ten'", "int", "str"), ("batch_size", "1.5", "int", "float"),
+    ("batch_size", "2.0", "int", "float"), ("batch_size", "True", "int", "bool"),
+    ("learning_rate", "'1e-5'", "float", "str"), ("learning_rate", "True", "float", "bool"),
+    ("learning_rate", "None", "float", "None"), ("out_dir", "3", "str", "int"),
+    ("whiten", "'yes'", "bool", "str"), ("batch_size", "[1]", "int", "list"),
+]
+
+
+@pytest.mark.parametrize("key, literal, wanted, given", WRONG_IN_FILE)
+def test_wrong_type_in_a_file_names_field_and_both_types(key, literal, wanted, given, write):
+    message = refusal([write(f"{key} = {literal}")])
+    assert key in message and wanted in message and given in message
+
+
+@pytest.mark.parametrize(
+    "key, text, wanted",
+    [
+        ("batch_size", "ten", "int"), ("batch_size", "1.5", "int"), ("batch_size", "2.0", "int"),
+        ("batch_size", "True", "int"), ("batch_size", "1e3", "int"), ("learning_rate", "fast", "float"),
+        ("learning_rate", "True", "float"), ("whiten", "maybe", "bool"), ("whiten", "2", "bool"),
+    ],
+)
+def test_wrong_type_on_the_command_line_names_field_type_and_text(key, text, wanted):
+    message = refusal([f"--{key}={text}"])
+    assert key in message and wanted in message and text in message
+
+
+@pytest.mark.parametrize(
+    "argument", ["--learning_rate", "--learning_rate=", "--batch_size", "--batch_size=", "--out_dir"]
+)
+def test_key_without_value_is_named(argument):
+    assert argument.strip("-=") in refusal([argument])
+
+
+@pytest.mark.parametrize(
+    "argument", ["--=3", "--", "-learning_rate=1e-5", "learning_rate=1e-5", "--learning_rate 1e-5"]
+)
+def test_malformed_argument_is_named(argument):
+    assert argument.split("=")[0] in refusal([argument])
+
+
+def test_value_after_a_space_is_refused():
+    refusal(["--learning_rate", "1e-5"])
+
+
+def test_missing_config_file_is_named(tmp_path):
+    assert "nothing_here.py" in refusal([str(tmp_path / "nothing_here.py")])
+
+
+def test_directory_as_config_file_is_refused(tmp_path):
+    assert tmp_path.name in refusal([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "text", ["batch_size = = 3", "batch_size = (", "  batch_size = 1\n x = 2", "batch_size = 3\x00"]
+)
+def test_syntax_error_names_the_config_file(text, write):
+    assert "x.py" in refusal([write("total_episodes = 1\n" + text)])
+
+
+@pytest.mark.parametrize("text", ["batch_size = 1 // 0", "batch_size = undefined", "raise ValueError('no')"])
+def test_error_in_a_config_file_names_the_file(text, write):
+    assert "x.py" in refusal([write(text)])
+
+
+def test_failed_configuration_changes_no_default():
+    refusal(["--batch_size=9", "--nonsense=1"])
+    assert Config() == Config(batch_size=64)
+
+
+# ---- help ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--batch_size=3", "--help"]])
+def test_help_shows_every_field_with_comment_and_default(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        configure(Config, argv)
+    assert stop.value.code in (0, None) and not isinstance(stop.value, UserError)
+    lines = capsys.readouterr().out.splitlines()
+    expected = {
+        "out_dir": ("out/run", "where the run goes"),
+        "learning_rate": ("3e-06", "peak of the schedule"),
+        "batch_size": ("64", "rows of one update, over all ranks"),
+        "total_episodes": ("1000", "rows of the whole run"),
+        "whiten": ("False", "whiten the rewards"),
+        "dropout": ("0.0", "off, as in the paper"),
+    }
+    for key, words in expected.items():
+        assert any(key in line and all(w in line for w in words) for line in lines), key
+
+
+def test_user_error_is_a_quiet_exit():
+    """One line for the user in place of a traceback."""
+    error = UserError("no such file")
+    assert isinstance(error, SystemExit) and str(error) == "no such file"
+
+
+def test_configure_reads_no_environment_and_writes_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BATCH_SIZE", "9")
+    assert configure(Config, []).batch_size == 64 and os.listdir(tmp_path) == []
