@@ -155,7 +155,7 @@ def format_query(row, tokenizer, max_tokens=512):
     end = len(text)
     while len(ids) > max_tokens:
         if end == 0:
-            raise UserError(f"the query is {len(ids)} tokens long without its text, more than {max_tokens}; drop the row")
+            raise UserError(f"the query has {len(ids)} tokens without its text, more than {max_tokens}; drop the row")
         newline = text.rfind("\n", 0, end)
         end = newline if newline >= 0 else end - 1
         if end < too_long:
@@ -301,7 +301,7 @@ def read_split(source, split):
         return datasets.load_dataset(path, split=split)
     except Exception as error:
         reason = str(error.__cause__ or error).strip().split("\n")[0]
-        raise UserError(f"{path} [{split}]: cannot be loaded ({reason}); check the path, the split and the file") from None
+        raise UserError(f"{path} [{split}]: cannot be loaded ({reason}); check path, split and file") from None
 
 
 # ---------------------------------------------------------------------------- batches

@@ -11,7 +11,6 @@ Shapes: B pairs in a micro-batch, R response tokens.
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 

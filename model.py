@@ -378,7 +378,7 @@ def load_weights(model, directory, new_head=False):
     for problem, names in (("missing", state.keys() - found), ("unexpected", found - state.keys())):
         if names:
             some = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            raise UserError(f"{directory}: {problem} {some} for a {model.architecture}; is it another kind of model?")
+            raise UserError(f"{directory}: {problem} {some}, for a {model.architecture}; is it another model?")
     handles = {path: open_weights(path) for path in set(files.values())}
     for name, tensor in state.items():
         path = files[name]
@@ -395,7 +395,7 @@ def load_weights(model, directory, new_head=False):
 
 
 def copy_rows(tensor, source):
-    """Copy into `tensor` (or into this rank's shard of it) its rows of the full `source`; return what it holds now."""
+    """Copy into `tensor`, or into this rank's shard of it, its rows of the full `source`; return what it holds."""
     start, local = 0, tensor
     if isinstance(tensor, DTensor):
         _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)

@@ -28,7 +28,7 @@ class Config(runtime.TrainConfig):
     data: str = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"  # hub id, directory or file with {split}
     batch_size: int = 64  # pairs per update, over all processes
     max_length: int = 638  # tokens of query + response; a longer row is an error; 0: any
-    normalize_data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # references that get mean reward 0; or empty
+    normalize_data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # references that get mean reward 0
     normalize_split: str = "train"
 
 

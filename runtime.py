@@ -144,7 +144,7 @@ class Run:
 
     def steps(self, start, total):
         """Yield the updates still to do, under a progress bar."""
-        self.bar = tqdm(initial=start, total=total, disable=not self.is_main, desc=self.out_dir.name, dynamic_ncols=True)
+        self.bar = tqdm(initial=start, total=total, disable=not self.is_main, desc=self.out_dir.name)
         for step in range(start, total):
             yield step
             self.bar.update()
@@ -175,7 +175,7 @@ def start(cfg):
             raise UserError(f"{run.out_dir} holds a run with another configuration: {named}; choose another out_dir")
     if (run.out_dir / "final").exists():
         if run.is_main:
-            print(f"{run.out_dir}/final is there already; to train again, remove {run.out_dir} or choose another out_dir")
+            print(f"{run.out_dir}/final is there already; to train again, choose another out_dir")
         run.close()
         return None
     dist.barrier()
@@ -268,7 +268,7 @@ def gathered(model):
 
 
 def generate_rows(run, model, queries, draws, temperature, tokenizer, micro_batch_size):
-    """Sample a response to each query (n lists of ids) with draws (n, R): responses and logprobs (n, R), on all ranks."""
+    """Sample for n queries (lists of ids) with draws (n, R): responses and their logprobs (n, R), on all ranks."""
 
     def sample(index):
         ids, lengths = pad_right([queries[i] for i in index])
@@ -341,7 +341,7 @@ def count_updates(run, n_rows, n_minibatches=1):
         )
     total, rows = (cfg.episodes or n_rows) // cfg.batch_size, cfg.batch_size // parts
     if total < 1:
-        raise UserError(f"{cfg.episodes or n_rows} episodes are less than one batch of {cfg.batch_size}; lower batch_size")
+        raise UserError(f"{cfg.episodes or n_rows} rows are less than a batch of {cfg.batch_size}; lower batch_size")
     if run.is_main:
         micro = f"in micro-batches of {min(cfg.micro_batch_size, rows)}"
         print(f"{total} updates of {n_minibatches} minibatches x {run.size} processes x {rows} rows, {micro}")
@@ -373,7 +373,7 @@ def save_checkpoint(run, step, models, optimizer, **scalars):
 
 
 def list_checkpoints(run):
-    return sorted((run.out_dir / "checkpoints").glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted((run.out_dir / "checkpoints").glob("step_*"), key=lambda path: int(path.name[len("step_") :]))
 
 
 def resume(run, models, optimizer):

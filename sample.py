@@ -1,6 +1,6 @@
 """Sample from a model and say how it does.
 
-    python sample.py --model=out/ppo_1b/final --prompt="SUBREDDIT: r/tifu ... TL;DR:"   # --prompt=- reads lines from stdin
+    python sample.py --model=out/ppo_1b/final --prompt="SUBREDDIT: r/tifu ... TL;DR:"     # - reads stdin
     python sample.py config/toy_sample.py --model=out/toy/ppo/final --out_dir=out/toy/ppo/samples
     torchrun --nproc_per_node=8 sample.py --model=out/ppo_1b/final --reward_model=out/rm_1b/final --out_dir=out/samples
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import runtime
 from configurator import UserError, configure
-from data import Tokenizer, batch_rows, collate, load_rows
+from data import Tokenizer, batch_rows, collate
 from model import GPTNeoX, GPTNeoXConfig, token_logprobs
 
 

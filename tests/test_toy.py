@@ -94,8 +94,8 @@ def test_negative_size_is_error(tmp_path, capsys):
 def test_world_words_are_unambiguous():
     slots = [set(values) for values in world.SLOTS.values()]
     assert len(world.SLOT_OF) == sum(map(len, slots))  # no value in two slots
-    texts = [*sum(world.SENTENCES.values(), []), *sum(world.RECAPS, []), *world.ASIDES, *world.TITLES,
-             *world.PADDING, *world.SUBREDDITS]
+    texts = [*sum(world.SENTENCES.values(), []), *sum(world.RECAPS, []), *world.ASIDES,
+             *world.TITLES, *world.PADDING, *world.SUBREDDITS]
     for text in texts:
         assert not world.parse_facts(text), f"{text!r} states a fact by accident"
     for recap in world.RECAPS:
@@ -210,7 +210,8 @@ def test_tokenizer_has_pythia_layout(toy_dir):
 
 
 def test_tokenizer_loads_and_round_trips(toy_dir):
-    tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(str(toy_dir / "tokenizer.json"))
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer.from_file(str(toy_dir / "tokenizer.json"))
     for word in world.LEXICON:
         assert len(tokenizer.encode(" " + word).ids) == 1, word
     for text in [QUERY, PERFECT, "it's   naïve – 42 %\n\n\tok  "]:

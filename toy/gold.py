@@ -3,9 +3,9 @@
     python toy/gold.py out/ppo/samples.jsonl out/sft/samples.jsonl
 
 prints one line per file: the number of rows, the mean gold score of the responses with its 95 %
-interval (1.96 standard errors), the mean of the references, and the share of rows in which the response
-beats its reference (a tie counts half). A row is a JSON object with `query` (the formatted query text),
-`response` (text without EOS) and, in all rows or in none, `reference`.
+interval (1.96 standard errors), the mean of the references, and the win rate, the share of rows in
+which the response beats its reference (a tie counts half). A row is a JSON object with `query` (the
+formatted query text), `response` (text without EOS) and, in all rows or in none, `reference`.
 
 `score` has the signature of a reward function, so PPO can also be run on gold itself:
 
@@ -17,18 +17,18 @@ import re
 import sys
 
 if __package__:
-    from .world import LEXICON, QUERY, SLOT_OF, SLOTS, WORD, parse_facts
+    from . import world
 else:  # run as a script: Python then looks for modules in toy/ itself
-    from world import LEXICON, QUERY, SLOT_OF, SLOTS, WORD, parse_facts
+    import world
 
 FACT, WRONG, FILLER, GIBBERISH = 1.0, -1.0, -0.25, -0.5
 LIMIT = 4.0  # four facts: the range is symmetric, so that one long babble does not rule a mean
 
 # "in the", "in", "the" right before a place and "at" right before a time are part of the phrase.
 GLUE = re.compile(r"\b(?:in the|in|the) (?=(?:{where})\b)|\bat (?=(?:{when})\b)".format(
-    **{slot: "|".join(values) for slot, values in SLOTS.items()}))
-TOKEN = re.compile(WORD.pattern + r"|\S")  # a word, or a single sign that is not a letter
-POST = re.compile(re.escape(QUERY[QUERY.index("POST: "):]).replace(r"\{post\}", "(.*?)"), re.DOTALL)
+    **{slot: "|".join(values) for slot, values in world.SLOTS.items()}))
+TOKEN = re.compile(world.WORD.pattern + r"|\S")  # a word, or a single sign that is not a letter
+POST = re.compile(re.escape(world.QUERY[world.QUERY.index("POST: "):]).replace(r"\{post\}", "(.*?)"), re.DOTALL)
 
 
 def gold_score(post, summary):
@@ -38,11 +38,11 @@ def gold_score(post, summary):
     -1     a value that the post does not state (each time)
     -0.25  any other known word, and a fact that is stated again
     -0.5   a word or sign that the world does not have
-    0      the glue of a phrase ("in the kitchen", "at dawn"), one full stop at the end, no words at all
+    0      the glue of a phrase ("in the kitchen", "at dawn"), a full stop at the end, no words
 
     So the best summary states every fact once, and says nothing else. Word order is not judged.
     """
-    facts = set(parse_facts(post).values())
+    facts = set(world.parse_facts(post).values())
     tokens = TOKEN.findall(GLUE.sub("", summary))
     if tokens and tokens[-1] == ".":
         tokens.pop()
@@ -51,10 +51,10 @@ def gold_score(post, summary):
         if token in facts:
             total += FILLER if token in stated else FACT
             stated.add(token)
-        elif token in SLOT_OF:
+        elif token in world.SLOT_OF:
             total += WRONG
         else:
-            total += FILLER if token in LEXICON else GIBBERISH
+            total += FILLER if token in world.LEXICON else GIBBERISH
     return max(-LIMIT, min(LIMIT, total))
 
 
@@ -62,9 +62,9 @@ def post_of(query):
     """Cut the post out of a formatted query text; ValueError if it is not one of the toy world."""
     match = POST.search(query)
     if match is None:
-        raise ValueError(f"no 'POST: ... TL;DR:' in the query {query[:60]!r}; format it as TL;DR does")
-    if not parse_facts(match[1]):
-        raise ValueError(f"the post {match[1][:60]!r} states no fact; gold scores posts of toy data only")
+        raise ValueError(f"no 'POST: ... TL;DR:' in the query {query[:50]!r}; write the whole query")
+    if not world.parse_facts(match[1]):
+        raise ValueError(f"the post {match[1][:50]!r} states no fact; gold scores toy data only")
     return match[1]
 
 
@@ -87,8 +87,8 @@ def evaluate(rows):
     """Statistics of samples as a flat dict, one row of a table.
 
     rows: list of dicts with `query`, `response` and, in all or in none, `reference`.
-    Returns n, gold_mean, gold_ci95 (half width), gold_reference_mean and win_rate, the last two None
-    without references. Raises ValueError that names the row (counted from 1) and the trouble.
+    Returns n, gold_mean, gold_ci95 (half width), gold_reference_mean and win_rate; the last two are
+    None without references. Raises ValueError that names the row (counted from 1) and the trouble.
     """
     if not rows:
         raise ValueError("no rows; sample at least one response")
@@ -96,7 +96,7 @@ def evaluate(rows):
     for number, row in enumerate(rows, 1):
         for key in keys:
             if not isinstance(row.get(key), str):
-                raise ValueError(f"row {number} has no text {key!r}; every row needs {', '.join(keys)}")
+                raise ValueError(f"row {number} has no text {key!r}; a row needs {', '.join(keys)}")
         try:
             post_of(row["query"])
         except ValueError as error:
@@ -144,7 +144,8 @@ def main(paths):
             sys.exit(f"gold: {error}")
         line = "{n} rows, gold {gold_mean:.3f} +- {gold_ci95:.3f}".format(**stats)
         if stats["win_rate"] is not None:
-            line += ", references {gold_reference_mean:.3f}, win rate {win_rate:.3f}".format(**stats)
+            line += ", references {gold_reference_mean:.3f}".format(**stats)
+            line += ", win rate {win_rate:.3f}".format(**stats)
         print(f"{path}: {line}")
 
 

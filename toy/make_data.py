@@ -6,12 +6,12 @@
 writes, byte for byte the same for the same arguments,
 
     sft_{train,validation}.jsonl           id, subreddit, title, post, summary (no leading space)
-    comparisons_{train,validation}.jsonl   info, summaries (each text has one leading space), choice,
+    comparisons_{train,validation}.jsonl   info, summaries (texts with one leading space), choice,
                                            worker, batch, split, extra.confidence
-    tokenizer.json                         a byte-level BPE in the format of Pythia's, every word one token
+    tokenizer.json                         byte-level BPE as Pythia's, every word a single token
 
 The reference summaries are of mixed quality on purpose: they leave out facts, sometimes pad and
-sometimes state what is not so. A model that imitates them (SFT) lands in the middle of the gold scale of
+sometimes state what is not so. A model that imitates them (SFT) lands in the middle of the scale of
 gold.py; the labels prefer the better text, so learning from them (PPO, DPO) has room above it.
 """
 import argparse
@@ -24,13 +24,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 if __package__:
-    from .gold import gold_score
-    from .world import (ASIDES, LEXICON, PADDING, PHRASES, QUERY, RECAPS, SENTENCES, SLOTS, SUBREDDITS, TITLES,
-                        sentence_of)
+    from . import gold, world
 else:  # run as a script: Python then looks for modules in toy/ itself
-    from gold import gold_score
-    from world import (ASIDES, LEXICON, PADDING, PHRASES, QUERY, RECAPS, SENTENCES, SLOTS, SUBREDDITS, TITLES,
-                       sentence_of)
+    import gold
+    import world
 
 
 # ---- posts and summaries
@@ -43,8 +40,8 @@ class Habits(NamedTuple):
     again: float = 0.0  # of stating a slot a second time, for each stated slot
 
 
-# `ref` writes the SFT data. Its where and when are each left out more often than not, so that even the
-# single most likely summary of an SFT model is far from perfect, not only an average sample.
+# `ref` writes the SFT data. It leaves out where and when more often than not, so that even the most
+# likely summary of an SFT model is far from perfect, and not only an average sample.
 # `sft` stands for such a model: the same habits with more slips.
 POLICIES = {
     "ref": Habits((0.75, 0.75, 0.3, 0.3), wrong=0.07, padding=0.19),
@@ -57,31 +54,31 @@ POLICIES = {
 
 
 def make_post(rng):
-    """Draw the facts {slot: value} and the fields of a post that states each of them once."""
-    facts = {slot: rng.choice(values) for slot, values in SLOTS.items()}
-    sentences = [rng.choice(SENTENCES[slot]) for slot in SLOTS]
-    sentences += rng.sample(ASIDES, rng.randint(1, 2))
+    """Draw the facts {slot: value} and the fields of a post: facts among asides, then the recaps."""
+    facts = {slot: rng.choice(values) for slot, values in world.SLOTS.items()}
+    sentences = [rng.choice(world.SENTENCES[slot]) for slot in world.SLOTS]
+    sentences += rng.sample(world.ASIDES, rng.randint(1, 2))
     rng.shuffle(sentences)
-    sentences += rng.choice(RECAPS)
-    fields = {"subreddit": rng.choice(SUBREDDITS), "title": rng.choice(TITLES),
-              "post": " ".join(sentence_of([sentence.format(**facts)]) for sentence in sentences)}
+    sentences += rng.choice(world.RECAPS)
+    fields = {"subreddit": rng.choice(world.SUBREDDITS), "title": rng.choice(world.TITLES),
+              "post": " ".join(world.sentence_of([sentence.format(**facts)]) for sentence in sentences)}
     return facts, fields
 
 
 def write_summary(rng, facts, habits):
-    """Draw a summary (no leading space) of `facts` by a writer with `habits`; never an empty one."""
-    stated = [slot for slot, chance in zip(SLOTS, habits.state) if rng.random() < chance]
-    stated = stated or [rng.choice(list(SLOTS))]
+    """Draw a summary of `facts` by a writer with `habits`: no leading space, never empty."""
+    stated = [slot for slot, chance in zip(world.SLOTS, habits.state) if rng.random() < chance]
+    stated = stated or [rng.choice(list(world.SLOTS))]
     repeated = [slot for slot in stated if rng.random() < habits.again]
     phrases = []
     for slot in stated + repeated:
         value = facts[slot]
         if rng.random() < habits.wrong:
-            value = rng.choice([other for other in SLOTS[slot] if other != value])
-        phrases.append(PHRASES[slot].format(value))
-    before = [rng.choice(PADDING)] if rng.random() < habits.padding else []
-    after = [rng.choice(PADDING)] if rng.random() < habits.padding else []
-    return sentence_of(before + phrases + after)
+            value = rng.choice([other for other in world.SLOTS[slot] if other != value])
+        phrases.append(world.PHRASES[slot].format(value))
+    before = [rng.choice(world.PADDING)] if rng.random() < habits.padding else []
+    after = [rng.choice(world.PADDING)] if rng.random() < habits.padding else []
+    return world.sentence_of(before + phrases + after)
 
 
 # ---- rows
@@ -94,8 +91,8 @@ def sft_row(rng, row_id):
 def prob_first(gold_first, gold_second):
     """Probability that a labeller takes the first text: 0.9 * sigmoid(scale * difference) + 0.05.
 
-    One label in ten is a coin toss (Christiano 2017, arXiv:1706.03741). The scale 2 makes a difference
-    of one fact count for 0.84, so that labels follow gold but do not give it away.
+    One label in ten is a coin toss (Christiano 2017, arXiv:1706.03741). With the scale 2, the better
+    by one fact wins 84 % of the time: labels follow gold, but do not give it away.
     """
     return 0.9 / (1 + math.exp(-2 * (gold_first - gold_second))) + 0.05
 
@@ -119,7 +116,7 @@ def comparison_row(rng, row_id, split):
     texts = ["", ""]
     while texts[0] == texts[1]:  # two equal texts cannot be compared
         texts = [" " + write_summary(rng, facts, POLICIES[policy]) for policy in policies]
-    golds = [gold_score(fields["post"], text) for text in texts]
+    golds = [gold.gold_score(fields["post"], text) for text in texts]
     choice = 0 if rng.random() < prob_first(*golds) else 1
     return {
         "info": {"id": row_id, **fields},
@@ -138,8 +135,8 @@ def comparison_row(rng, row_id, split):
 def byte_symbols():
     """The printable stand-in of every byte in a byte-level BPE, in the order of their token ids.
 
-    Printable Latin-1 characters stand for themselves and come first; the other bytes (space, controls,
-    0xad) take the code points from 256 on, in order, so that a space is written as 'Ġ'.
+    Printable Latin-1 characters stand for themselves and come first; the other bytes (space,
+    controls, 0xad) take the code points from 256 on, in order, so a space is written as 'Ġ'.
     """
     printable = [b for b in range(256) if 0x21 <= b <= 0x7E or (b >= 0xA1 and b != 0xAD)]
     hidden = [b for b in range(256) if b not in printable]
@@ -149,8 +146,8 @@ def byte_symbols():
 def learn_merges(pieces):
     """Train BPE on a set of pieces, each counted once, until every piece is a single token.
 
-    Returns the merges in order. Each step joins the most frequent neighbours (of equals, the first in
-    the alphabet, so that the result does not depend on hashing).
+    Returns the merges in order. Each step joins the most frequent neighbours; of equals, the first
+    in the alphabet, so that the result does not depend on hashing.
     """
     symbols = byte_symbols()
     words = [[symbols[b] for b in piece.encode()] for piece in sorted(pieces)]
@@ -182,8 +179,8 @@ def make_tokenizer():
     0 <|endoftext|>, 1 <|padding|>, 256 bytes, merges in order, then runs of 8 to 2 spaces.
     """
     # Words occur after a space; only the parts of the query format and the subreddit follow a sign.
-    bare = {*re.findall("[A-Za-z]+", re.sub(r"\{\w+\}", "", QUERY)), *SUBREDDITS}
-    merges = learn_merges({f" {word}" for word in LEXICON} | bare)
+    bare = {*re.findall("[A-Za-z]+", re.sub(r"\{\w+\}", "", world.QUERY)), *world.SUBREDDITS}
+    merges = learn_merges({f" {word}" for word in world.LEXICON} | bare)
     tokens = ["<|endoftext|>", "<|padding|>", *byte_symbols().values(), *map("".join, merges)]
     vocab = {token: i for i, token in enumerate(tokens)}
 
@@ -199,9 +196,9 @@ def make_tokenizer():
                         + [added(len(vocab) + i, run, False) for i, run in enumerate(spaces)],
         "normalizer": {"type": "NFC"},
         "pre_tokenizer": byte_level, "post_processor": byte_level, "decoder": byte_level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "vocab": vocab,
-                  "merges": [" ".join(merge) for merge in merges]},
+        "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                  "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
+                  "vocab": vocab, "merges": [" ".join(merge) for merge in merges]},
     }
 
 
@@ -226,7 +223,8 @@ def write_data(out_dir, seed=0, sft_train=8000, sft_validation=500,
         rows = [sft_row(rng, f"toy-sft-{split}-{i:05d}") for i in range(n_sft)]
         write_jsonl(out_dir / f"sft_{split}.jsonl", rows)
         rng = random.Random(f"comparisons {split} {seed}")
-        rows = [comparison_row(rng, f"toy-cmp-{split}-{i:05d}", split) for i in range(n_comparisons)]
+        rows = [comparison_row(rng, f"toy-cmp-{split}-{i:05d}", split)
+                for i in range(n_comparisons)]
         write_jsonl(out_dir / f"comparisons_{split}.jsonl", rows)
     tokenizer = json.dumps(make_tokenizer(), indent=2, ensure_ascii=False) + "\n"
     (out_dir / "tokenizer.json").write_text(tokenizer, encoding="utf-8", newline="\n")

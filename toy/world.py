@@ -1,8 +1,9 @@
 """The toy world: the words, the posts and the summaries that everything in toy/ agrees on.
 
-A post states four facts, one per slot (WHO, DID, WHERE, WHEN), each in a sentence of its own, in random
-order and among asides that carry no fact. A value is a single word and belongs to a single slot, so
-facts can be read back from plain text by their words alone. A summary is a row of short phrases:
+A post states four facts (who, did what, where, when), each in a sentence of its own, in random order
+and among asides that carry no fact; two sentences at its end look back on all four. A value is a
+single word and belongs to a single slot, so facts can be read back from plain text by their words
+alone. A summary is a row of short phrases:
 
     Anna danced in the kitchen at dawn.
 
@@ -11,12 +12,12 @@ facts can be read back from plain text by their words alone. A summary is a row 
 import re
 
 SLOTS = {
-    "who": "Anna Boris Carla Dmitri Elena Felix Greta Hugo Irene Jonas Karin Lukas Maria Nadia Oscar "
-           "Paula".split(),
-    "did": "danced fainted cried laughed slept snored sang tripped proposed cheated panicked sneezed "
-           "shouted yawned prayed whistled".split(),
-    "where": "kitchen garden park library garage office market forest museum hotel bakery church castle "
-             "cellar harbor theater".split(),
+    "who": "Anna Boris Carla Dmitri Elena Felix Greta Hugo Irene Jonas Karin Lukas Maria Nadia "
+           "Oscar Paula".split(),
+    "did": "danced fainted cried laughed slept snored sang tripped proposed cheated panicked "
+           "sneezed shouted yawned prayed whistled".split(),
+    "where": "kitchen garden park library garage office market forest museum hotel bakery church "
+             "castle cellar harbor theater".split(),
     "when": "dawn sunrise breakfast noon lunch teatime dusk sunset dinner supper midnight bedtime "
             "christmas easter carnival harvest".split(),
 }
@@ -30,11 +31,12 @@ SENTENCES = {
     "who": ["my friend is called {who}", "i am talking about {who} here", "you all remember {who}"],
     "did": ["for some reason my friend {did}", "out of nowhere my friend {did}",
             "my friend {did} without a word"],
-    "where": ["we all were in the {where}", "it started in the {where}", "we met people in the {where}"],
+    "where": ["we all were in the {where}", "it started in the {where}",
+              "we met people in the {where}"],
     "when": ["it happened at {when}", "we got there at {when}", "this was at {when} last year"],
 }
-# Looking back, a post says each value once more. That makes it practice for copying: a model sees
-# that some words of a text come again before it has to do it in the summary.
+# Looking back, a post ends with all its values once more. Without this a tiny model takes several
+# times as long to find out that words are to be copied: here the posts themselves teach it.
 RECAPS = [
     ["i will never forget how {who} {did}", "nobody goes in the {where} at {when}"],
     ["i keep seeing {who} in the {where}", "nobody else {did} at {when}"],
@@ -66,7 +68,8 @@ WORD = re.compile(r"[^\W\d_]+")  # a run of letters
 
 def _all_texts():
     """Every text fragment that a post, a summary or the query format can contain."""
-    templates = [*PHRASES.values(), *sum(SENTENCES.values(), []), *sum(RECAPS, []), *ASIDES, *TITLES, *PADDING]
+    templates = [*PHRASES.values(), *sum(SENTENCES.values(), []), *sum(RECAPS, []), *ASIDES,
+                 *TITLES, *PADDING]
     return [*SLOT_OF, *SUBREDDITS, *(re.sub(r"{\w*}", " ", template) for template in templates)]
 
 
