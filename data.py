@@ -205,7 +205,7 @@ def parse_row(row, tokenizer, max_query_tokens):
         best, other = pair[choice], pair[1 - choice]
         texts, source = [text_of(best, "text"), text_of(other, "text")], row["info"]
         meta["confidence"] = int((row.get("extra") or {}).get("confidence") or 0)
-        meta["policies"] = " > ".join(str(summary.get("policy") or "?") for summary in (best, other))
+        meta["policies"] = " / ".join(sorted(str(summary.get("policy") or "?") for summary in pair))
     elif "chosen" in row:
         source, *texts = split_prompt(row)
     elif "prompt" in row:

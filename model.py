@@ -289,6 +289,11 @@ class GPTNeoX(Pretrained):
         return self.embed_out(self.gpt_neox(ids, select, cache))
 
 
+class ScalarHead(nn.Linear):
+    def forward(self, h):
+        return super().forward(h)[..., 0].float().clone()  # FSDP's hooks warn of outputs that are views
+
+
 class ScalarModel(Pretrained):
     """A reward model or a critic: forward(ids (B, T), select=None (B, R)) -> scalars (B, R or T).
 
@@ -301,11 +306,11 @@ class ScalarModel(Pretrained):
 
     def __init__(self, config):
         super().__init__(config)
-        self.score = nn.Linear(config.hidden_size, 1)
+        self.score = ScalarHead(config.hidden_size, 1)
         init_weights(self)
 
     def forward(self, ids, select=None):
-        return self.score(self.gpt_neox(ids, select)).squeeze(-1).float()
+        return self.score(self.gpt_neox(ids, select))
 
 
 @torch.no_grad()

@@ -40,3 +40,11 @@ def tldr_sample():
     if path is None:
         pytest.skip("no tldr_sample in ../shared/data or $NPLUS_DATA")
     return path
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory):
+    """Toy data, a small SFT model and a reward model, trained once for all tests."""
+    from pipeline import Pipeline
+
+    return Pipeline(tmp_path_factory.mktemp("pipeline"))

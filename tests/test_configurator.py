@@ -65,6 +65,10 @@ def test_files_and_keys_may_be_mixed(write):
     assert configure(Config, argv) == Config(batch_size=1, whiten=True, total_episodes=5, dropout=0.5)
 
 
+def test_command_line_wins_over_a_file_behind_it(write):
+    assert configure(Config, ["--batch_size=3", write("batch_size = 1")]).batch_size == 3
+
+
 def test_calls_do_not_share_values(write):
     configure(Config, [write("batch_size = 1"), "--out_dir=elsewhere"])
     assert configure(Config, []) == Config()
@@ -201,6 +205,18 @@ def test_error_in_a_config_file_names_the_file(text, write):
     assert "x.py" in refusal([write(text)])
 
 
+@pytest.mark.parametrize(
+    "line", ["learning_rate: 1e-5", "learning_rate == 1e-5", '{"learning_rate": 1e-5}', "learning_rate"]
+)
+def test_line_that_sets_nothing_is_refused(line, write):
+    """YAML, JSON and == are valid Python; ignored, they would train with the default."""
+    assert "x.py" in refusal([write(line)])
+
+
+def test_docstring_of_a_config_file_is_fine(write):
+    assert configure(Config, [write('"""Launch: python ppo.py x.py"""\nbatch_size = 2')]).batch_size == 2
+
+
 def test_failed_configuration_changes_no_default():
     refusal(["--batch_size=9", "--nonsense=1"])
     assert Config() == Config(batch_size=64)
@@ -225,6 +241,23 @@ def test_help_shows_every_field_with_comment_and_default(argv, capsys):
     }
     for key, words in expected.items():
         assert any(key in line and all(w in line for w in words) for line in lines), key
+
+
+@dataclass
+class Child(Config):
+    n_epochs: int = 4  # passes over each batch
+    batch_size: int = 512  # episodes of one update
+
+
+def test_help_shows_inherited_fields_with_the_comment_that_holds(capsys):
+    with pytest.raises(SystemExit):
+        configure(Child, ["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for words in [
+        ("n_epochs", "4", "passes over each batch"), ("learning_rate", "3e-06", "peak of the schedule"),
+        ("batch_size", "512", "episodes of one update"),
+    ]:
+        assert any(all(w in line for w in words) for line in lines), words
 
 
 def test_user_error_is_a_quiet_exit():

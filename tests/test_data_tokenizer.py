@@ -184,6 +184,40 @@ def test_load_names_a_bad_file(text, tmp_path):
     assert "tokenizer.json" in str(error.value) and "\n" not in str(error.value)
 
 
+def add_word(**flags):
+    word = dict(id=50277, content="<sep>", single_word=False, lstrip=False, rstrip=False, normalized=False)
+    return lambda spec: spec["added_tokens"].append({**word, "special": False, **flags})
+
+
+VARIANTS = {
+    "no normalizer": lambda spec: spec.update(normalizer=None),
+    "other normalizer": lambda spec: spec.update(normalizer={"type": "NFKC"}),
+    "prefix space": lambda spec: spec["pre_tokenizer"].update(add_prefix_space=True),
+    "whole lines": lambda spec: spec["pre_tokenizer"].update(use_regex=False),
+    "word added": add_word(),
+    "special word added": add_word(special=True),
+    "word that takes spaces": add_word(lstrip=True),
+    "merge missing": lambda spec: spec["model"]["merges"].pop(0),
+    "other order of merges": lambda spec: spec["model"]["merges"].reverse(),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_tokenizer_is_encoded_like_the_library_or_refused(variant, real_tokenizer, tmp_path):
+    spec = json.loads(real_tokenizer.read_text(encoding="utf-8"))
+    VARIANTS[variant](spec)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(spec), encoding="utf-8")
+    try:
+        loaded = Tokenizer.load(str(path))
+    except UserError as error:
+        assert str(path) in str(error)
+        return
+    oracle = library_module.Tokenizer.from_file(str(path))
+    oracle.encode_special_tokens = True
+    assert_same([*WORDS, "a <sep>b  <sep>", "the  then in", "line one\n\nline  two"], loaded, oracle)
+
+
 # ---- format_query ----------------------------------------------------------------------------------------
 
 
@@ -267,7 +301,7 @@ HARD_POSTS = {
     "one long word": "antidisestablishmentarianism" * 12,
     "one repeated letter": "a" * 700,
     "digits": "31415926535897932384626433" * 12,
-    "runs of spaces": "".join("word" + " " * (n % 29) for n in range(90)),
+    "runs of spaces": "".join("word" + " " * (n % 29) for n in range(60)),
     "spaces only": " " * 700,
     "spaces before newlines": "".join("line" + " " * (n % 27) + "\n" * (n % 3) for n in range(90)),
     "newlines only": "\n" * 300,
@@ -277,8 +311,7 @@ HARD_POSTS = {
     "emoji": "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f600\U0001f3fd" * 30,
     "combining": "cafe\u0301 re\u0301sume\u0301 a\u0315\u0300\u05ae\u0301b " * 20,
     "jamo": "\u1112\u1161\u11ab\u1100\u1173\u11af" * 30,
-    "chinese": "\u4f60\u597d\uff0c\u4e16\u754c\u3002\u8fd9\u662f\u4e00\u4e2a\u5f88\u957f\u7684\u6bb5\u843d"
-    * 15,
+    "chinese": "\u4f60\u597d\uff0c\u4e16\u754c\u3002\u8fd9\u662f\u4e00\u4e2a\u5f88\u957f\u6bb5\u843d" * 15,
     "right to left": "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 " * 30,
     "zero width": "a\u200bb\u200b \ufeff" * 60,
     "special text": "before <|endoftext|> after <|padding|>" * 20,

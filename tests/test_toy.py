@@ -16,8 +16,8 @@ POST = ("it happened at dawn. my friend is called Anna. we all were in the kitch
         "out of nowhere my friend danced.")
 QUERY = world.QUERY.format(subreddit="pets", title="is this normal", post=POST)
 PERFECT = " Anna danced in the kitchen at dawn."
-FILES = {"sft_train.jsonl": 600, "sft_validation.jsonl": 30,
-         "comparisons_train.jsonl": 1500, "comparisons_validation.jsonl": 30, "tokenizer.json": None}
+FILES = {"sft_train.jsonl": 600, "sft_validation.jsonl": 30, "comparisons_train.jsonl": 1500,
+         "comparisons_validation.jsonl": 30, "tokenizer.json": None}
 SIZES = ["--sft-train=600", "--sft-validation=30", "--comparisons-train=1500",
          "--comparisons-validation=30"]
 

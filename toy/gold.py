@@ -28,7 +28,7 @@ LIMIT = 4.0  # four facts: the range is symmetric, so that one long babble does 
 GLUE = re.compile(r"\b(?:in the|in|the) (?=(?:{where})\b)|\bat (?=(?:{when})\b)".format(
     **{slot: "|".join(values) for slot, values in world.SLOTS.items()}))
 TOKEN = re.compile(world.WORD.pattern + r"|\S")  # a word, or a single sign that is not a letter
-POST = re.compile(re.escape(world.QUERY[world.QUERY.index("POST: "):]).replace(r"\{post\}", "(.*?)"), re.DOTALL)
+POST = re.compile(r"POST: (.*?)\n\nTL;DR:", re.DOTALL)
 
 
 def gold_score(post, summary):
@@ -62,7 +62,7 @@ def post_of(query):
     """Cut the post out of a formatted query text; ValueError if it is not one of the toy world."""
     match = POST.search(query)
     if match is None:
-        raise ValueError(f"no 'POST: ... TL;DR:' in the query {query[:50]!r}; write the whole query")
+        raise ValueError(f"no 'POST: ... TL;DR:' in {query[:50]!r}; give the whole query text")
     if not world.parse_facts(match[1]):
         raise ValueError(f"the post {match[1][:50]!r} states no fact; gold scores toy data only")
     return match[1]

@@ -43,26 +43,28 @@ class Habits(NamedTuple):
 # `ref` writes the SFT data. It leaves out where and when more often than not, so that even the most
 # likely summary of an SFT model is far from perfect, and not only an average sample.
 # `sft` stands for such a model: the same habits with more slips.
+# `slip` and `good` differ in nothing but truth, so a reward model has to compare words with the post.
 POLICIES = {
     "ref": Habits((0.75, 0.75, 0.3, 0.3), wrong=0.07, padding=0.19),
     "sft": Habits((0.75, 0.75, 0.3, 0.3), wrong=0.2, padding=0.19, again=0.05),
     "good": Habits((0.95, 0.95, 0.95, 0.95), wrong=0.0, padding=0.0),
+    "slip": Habits((0.95, 0.95, 0.95, 0.95), wrong=0.3, padding=0.0),
     "vague": Habits((0.3, 0.3, 0.2, 0.2), wrong=0.05, padding=0.8),
-    "wrong": Habits((0.8, 0.8, 0.8, 0.8), wrong=0.5, padding=0.05, again=0.15),
+    "wrong": Habits((0.8, 0.8, 0.8, 0.8), wrong=0.6, padding=0.05, again=0.15),
     "chatty": Habits((0.8, 0.8, 0.8, 0.8), wrong=0.05, padding=0.5, again=0.4),
 }
 
 
 def make_post(rng):
-    """Draw the facts {slot: value} and the fields of a post: facts among asides, then the recaps."""
+    """Draw facts {slot: value} and the fields of a post: facts among asides, then the recaps."""
     facts = {slot: rng.choice(values) for slot, values in world.SLOTS.items()}
     sentences = [rng.choice(world.SENTENCES[slot]) for slot in world.SLOTS]
     sentences += rng.sample(world.ASIDES, rng.randint(1, 2))
     rng.shuffle(sentences)
     sentences += rng.choice(world.RECAPS)
-    fields = {"subreddit": rng.choice(world.SUBREDDITS), "title": rng.choice(world.TITLES),
-              "post": " ".join(world.sentence_of([sentence.format(**facts)]) for sentence in sentences)}
-    return facts, fields
+    post = " ".join(world.sentence_of([sentence.format(**facts)]) for sentence in sentences)
+    return facts, {"subreddit": rng.choice(world.SUBREDDITS), "title": rng.choice(world.TITLES),
+                   "post": post}
 
 
 def write_summary(rng, facts, habits):
@@ -91,8 +93,8 @@ def sft_row(rng, row_id):
 def prob_first(gold_first, gold_second):
     """Probability that a labeller takes the first text: 0.9 * sigmoid(scale * difference) + 0.05.
 
-    One label in ten is a coin toss (Christiano 2017, arXiv:1706.03741). With the scale 2, the better
-    by one fact wins 84 % of the time: labels follow gold, but do not give it away.
+    One label in ten is a coin toss (Christiano 2017, arXiv:1706.03741). With the scale 2, a text
+    that is better by one fact wins 84 % of the time: labels follow gold, not slavishly.
     """
     return 0.9 / (1 + math.exp(-2 * (gold_first - gold_second))) + 0.05
 

@@ -1,9 +1,9 @@
 """The toy world: the words, the posts and the summaries that everything in toy/ agrees on.
 
-A post states four facts (who, did what, where, when), each in a sentence of its own, in random order
-and among asides that carry no fact; two sentences at its end look back on all four. A value is a
-single word and belongs to a single slot, so facts can be read back from plain text by their words
-alone. A summary is a row of short phrases:
+A post states four facts (who, did what, where, when), each in a sentence of its own, in random
+order and among asides that carry no fact; two sentences at its end look back on all four. A value
+is a single word and belongs to a single slot, so facts can be read back from plain text by their
+words alone. A summary is a row of short phrases:
 
     Anna danced in the kitchen at dawn.
 

@@ -1,0 +1,68 @@
+"""A tiny trained pipeline for the tests of the stages: toy data, a small SFT model, a reward model."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import rm
+import sft
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = dict(batch_size=8, micro_batch_size=3, episodes=16, lr=1e-3, device="cpu", dtype="float32")
+
+
+def make_data(directory):
+    """Toy rows: 60 posts and 40 pairs to train on, 21 and 15 held out (numbers that divide by nothing)."""
+    sizes = ["--sft-train=60", "--sft-validation=21", "--comparisons-train=40", "--comparisons-validation=15"]
+    subprocess.run([sys.executable, "toy/make_data.py", directory, "--seed=0", *sizes], cwd=ROOT, check=True)
+    return directory
+
+
+class Pipeline:
+    """Where the pieces are, and configurations of every stage on them."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.data = make_data(directory / "data")
+        self.sft, self.rm = directory / "sft" / "final", directory / "rm" / "final"
+        # 40 updates: enough that the policy sometimes ends its response
+        sft.main(self.config(sft, "sft", episodes=320, lr=5e-3))
+        rm.main(self.config(rm, "rm"))
+
+    def config(self, stage, name, **changes):
+        posts, pairs = (f"{self.data}/{kind}_{{split}}.jsonl" for kind in ("sft", "comparisons"))
+        values = dict(
+            sft=dict(scratch=True, hidden_size=32, num_hidden_layers=2, tokenizer=str(self.data), data=posts,
+                     loss_on="response"),
+            rm=dict(model=str(self.sft), data=pairs, normalize_data=posts, normalize_split="train"),
+            ppo=dict(model=str(self.sft), reward_model=str(self.rm), data=posts, response_length=10,
+                     rollout_micro_batch_size=3),
+            dpo=dict(model=str(self.sft), data=pairs),
+            sample=dict(model=str(self.sft), reward_model=str(self.rm), reference=str(self.sft), data=posts,
+                        response_length=10),
+        )[stage.__name__]  # fmt: skip
+        values = {**SMALL, **values, **changes, "out_dir": str(self.directory / name)}
+        known = {field.name for field in dataclasses.fields(stage.Config)}
+        return stage.Config(**{key: value for key, value in values.items() if key in known})
+
+
+def arguments(cfg):
+    """The command line that gives `cfg`."""
+    return [f"--{key}={value}" for key, value in dataclasses.asdict(cfg).items()]
+
+
+def metrics(cfg_or_dir):
+    directory = getattr(cfg_or_dir, "out_dir", cfg_or_dir)
+    return [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_metrics(a, b, rtol, atol=1e-6):
+    """Assert that two lists of metric rows have the same keys and nearly the same numbers."""
+    assert [list(row) for row in a] == [list(row) for row in b]
+    for left, right in zip(a, b):
+        for key in left:
+            np.testing.assert_allclose(left[key], right[key], rtol=rtol, atol=atol, err_msg=f"{left['step']} {key}")

@@ -1,0 +1,374 @@
+"""Every stage really trains, on tiny models; independent oracles recompute what it reports."""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pipeline import metrics, same_metrics
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import GPTNeoXForCausalLM, GPTNeoXModel
+
+import dpo
+import ppo
+import rm
+import runtime
+import sample
+import sft
+from configurator import UserError
+from data import Tokenizer, batch_rows, load_rows
+
+STAGES = ["sft", "rm", "ppo", "dpo"]
+
+
+@pytest.fixture
+def cpu_run(pipeline):
+    """A Run with no directory, for calling a stage's functions one by one."""
+    run = runtime.Run(pipeline.config(sft, "unused"))
+    yield run
+    run.close()
+
+
+def hub_logprobs(model, query, response, temperature=1.0, n_vocab=None):
+    """log p of each response token by transformers, one row at a time, in float64 from the logits on."""
+    ids = torch.tensor([query + response])
+    logits = model(ids).logits[0, len(query) - 1 : -1, :n_vocab].double() / temperature
+    return torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])[:, 0]
+
+
+def hub_scalars(directory, query, response):
+    """The scalar at every position by transformers' body and the stored head."""
+    tensors = load_file(Path(directory) / "model.safetensors")
+    body = GPTNeoXModel.from_pretrained(directory)
+    hidden = body(torch.tensor([query + response])).last_hidden_state[0].double()
+    return (hidden @ tensors["score.weight"].double().T + tensors["score.bias"].double())[:, 0]
+
+
+@pytest.fixture(scope="module")
+def posts(pipeline):
+    return load_rows(f"{pipeline.data}/sft_{{split}}.jsonl", "train", Tokenizer.load(str(pipeline.data)), 1)
+
+
+@pytest.fixture(scope="module")
+def pairs(pipeline):
+    return load_rows(f"{pipeline.data}/comparisons_{{split}}.jsonl", "train", Tokenizer.load(str(pipeline.data)), 2)
+
+
+# float32 forward passes of this size agree to about 1e-5 nats per token (T * eps * |logit|); sums of 10 to 1e-4
+FORWARD = 1e-4
+
+# ---------------------------------------------------------------------------- SFT
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "token"])
+@pytest.mark.parametrize("loss_on", ["all", "response"])
+def test_sft_loss_matches_hub_model(pipeline, posts, loss_on, reduction):
+    """The first update's loss is transformers' cross-entropy on the same rows, over query + response or response."""
+    cfg = pipeline.config(sft, f"sft_{loss_on}_{reduction}", loss_on=loss_on, reduction=reduction, scratch=False,
+                          model=str(pipeline.sft), episodes=8, eval_split="")  # fmt: skip
+    sft.main(cfg)
+    model = GPTNeoXForCausalLM.from_pretrained(pipeline.sft)
+    rows, sums, counts = posts[batch_rows(len(posts), 8, 0, cfg.seed)], [], []
+    for query, (response,) in zip(rows["query"], rows["responses"]):
+        whole = query + response
+        start = 1 if loss_on == "all" else len(query)
+        nll = -hub_logprobs(model, whole[:start], whole[start:])
+        sums.append(nll.sum().item())
+        counts.append(len(nll))
+    expected = np.sum(sums) / np.sum(counts) if reduction == "token" else np.mean(np.divide(sums, counts))
+    assert metrics(cfg)[0]["loss/sft"] == pytest.approx(expected, abs=FORWARD)
+
+
+def test_sft_lowers_the_loss_on_held_out_rows(pipeline):
+    rows = metrics(pipeline.directory / "sft")
+    assert rows[-1]["eval/loss"] < rows[0]["loss/sft"] - 2  # from log(vocabulary) = 6.8
+
+
+# ---------------------------------------------------------------------------- reward model
+
+
+def test_rm_reads_the_reward_at_eos(pipeline, posts, cpu_run):
+    model = runtime.load_model(cpu_run, rm.ScalarModel, str(pipeline.rm))
+    rewards = rm.predict(cpu_run, cpu_run.cfg, model, posts)
+    for row in (0, 7, 33):
+        query, response = posts[row]["query"], posts[row]["responses"][0]
+        assert response[-1] == 0  # EOS
+        expected = hub_scalars(pipeline.rm, query, response)[-1]
+        assert rewards[row, 0].item() == pytest.approx(expected.item(), abs=FORWARD)
+
+
+def test_rm_normalization_centres_the_references_through_the_bias(pipeline, posts):
+    last = metrics(pipeline.directory / "rm")[-1]
+    rewards = [hub_scalars(pipeline.rm, row["query"], row["responses"][0])[-1].item() for row in posts]
+    assert np.mean(rewards) == pytest.approx(0, abs=FORWARD)
+    assert np.std(rewards, ddof=1) == pytest.approx(last["normalize/before_std"], abs=FORWARD)  # no gain
+    bias = load_file(pipeline.rm / "model.safetensors")["score.bias"].item()
+    assert bias == pytest.approx(-last["normalize/before_mean"], abs=FORWARD)  # training left it at 0
+
+
+def test_rm_first_loss_is_that_of_its_initial_head(pipeline, pairs):
+    first = metrics(pipeline.directory / "rm")[0]
+    assert first["loss/rm"] == pytest.approx(-np.log(0.5), abs=0.5) and first["loss/rm"] != np.log(2)
+
+
+def test_rm_evaluation_matches_a_count_by_hand(pipeline):
+    rows = load_rows(f"{pipeline.data}/comparisons_{{split}}.jsonl", "validation",
+                     Tokenizer.load(str(pipeline.data)), 2)  # fmt: skip
+    report = json.loads((pipeline.directory / "rm" / "eval.json").read_text())
+    right = []
+    for row in rows:
+        chosen, rejected = (hub_scalars(pipeline.rm, row["query"], response)[-1] for response in row["responses"])
+        right.append(bool(chosen > rejected))
+    assert report["accuracy"]["all"] == {"accuracy": pytest.approx(np.mean(right)), "n": len(rows)}
+    for batch in set(rows["batch"]):
+        picked = [r for r, b in zip(right, rows["batch"]) if b == batch]
+        expected = {"accuracy": pytest.approx(np.mean(picked)), "n": len(picked)}
+        assert report["accuracy"][f"batch {batch}"] == expected
+
+
+# ---------------------------------------------------------------------------- DPO
+
+
+def test_dpo_starts_at_log_2_with_zero_rewards(pipeline):
+    cfg = pipeline.config(dpo, "dpo_start")
+    dpo.main(cfg)
+    first = metrics(cfg)[0]
+    # the reference's log-probabilities come from other micro-batches: equal up to rounding, times beta = 0.05
+    assert first["loss/dpo"] == pytest.approx(np.log(2), abs=FORWARD)
+    assert abs(first["rewards/chosen"]) < FORWARD and abs(first["rewards/rejected"]) < FORWARD
+    assert metrics(cfg)[1]["rewards/margins"] > 0.001  # one update on and the margin is positive
+
+
+def test_dpo_logprobs_match_hub_model(pipeline, pairs, cpu_run):
+    tokenizer = Tokenizer.load(str(pipeline.sft))
+    model = runtime.load_model(cpu_run, dpo.GPTNeoX, str(pipeline.sft))
+    ours = dpo.predict(cpu_run, cpu_run.cfg, model, pairs, tokenizer.n_vocab)
+    hub = GPTNeoXForCausalLM.from_pretrained(pipeline.sft)
+    for row in (0, 5, 39):
+        for column, response in enumerate(pairs[row]["responses"]):
+            expected = hub_logprobs(hub, pairs[row]["query"], response, n_vocab=tokenizer.n_vocab).sum()
+            assert ours[row, column].item() == pytest.approx(expected.item(), abs=FORWARD)
+
+
+# ---------------------------------------------------------------------------- PPO
+
+
+@pytest.fixture(scope="module")
+def ppo_run(pipeline):
+    cfg = pipeline.config(ppo, "ppo", episodes=24, samples_every=1)
+    ppo.main(cfg)
+    return cfg
+
+
+def test_kl_is_zero_before_first_update(ppo_run):
+    rows = metrics(ppo_run)
+    assert rows[0]["objective/kl"] == 0.0  # exactly: the same rows through the same function
+    assert rows[1]["objective/kl"] != 0.0
+
+
+def test_ratio_is_one_on_first_minibatch(ppo_run):
+    """Also of later updates: rollout and update are the same function of the same weights."""
+    for row in metrics(ppo_run):
+        assert row["val/ratio"] == pytest.approx(1, abs=1e-5)  # exp of float32 rounding, |log p| < 20
+        assert row["val/generation_gap"] < 1e-5
+    assert metrics(ppo_run)[0]["val/ratio_avg"] != pytest.approx(1, abs=1e-5)
+
+
+def test_rollout_matches_hub_models(pipeline, posts, cpu_run):
+    """Log-probabilities, values and scores by transformers, one unpadded row at a time."""
+    cfg = pipeline.config(ppo, "unused")
+    tokenizer = Tokenizer.load(str(pipeline.sft))
+    policy, reference = (runtime.load_model(cpu_run, ppo.GPTNeoX, str(pipeline.sft)) for _ in range(2))
+    critic, reward_model = (runtime.load_model(cpu_run, ppo.ScalarModel, str(pipeline.rm)) for _ in range(2))
+
+    def score(queries, responses):
+        return ppo.model_scores(reward_model, cpu_run.device, queries, responses)
+
+    queries = posts[:16]["query"]
+    batch = ppo.rollout(cpu_run, cfg, policy, reference, critic, score, queries, 3, tokenizer)
+    hub, ended = GPTNeoXForCausalLM.from_pretrained(pipeline.sft), 0
+    for row, query in enumerate(queries):
+        response = batch["responses"][row].tolist()
+        length = response.index(0) + 1 if 0 in response else len(response)
+        ended += 0 in response
+        expected = hub_logprobs(hub, query, response[:length], cfg.temperature, tokenizer.n_vocab)
+        for name in ("logprobs", "ref_logprobs", "sampled_logprobs"):
+            np.testing.assert_allclose(batch[name][row, :length], expected.detach(), atol=FORWARD)
+        scalars = hub_scalars(pipeline.rm, query, response[:length]).detach()
+        assert batch["scores"][row].item() == pytest.approx(scalars[-1].item(), abs=FORWARD)
+        values = scalars[len(query) - 1 :][: len(response)]  # before each token, and the one after EOS
+        np.testing.assert_allclose(batch["values"][row, : len(values)], values, atol=FORWARD)
+    assert 0 < ended  # some rows must end, or the test has seen nothing of EOS
+
+
+def test_prepare_matches_the_reference_step():
+    """Both worked examples of the reference step, as two rows of one batch of width 6."""
+    cfg = ppo.Config(response_length=6, whiten_rewards=False)
+    row = dict(
+        logprobs=[-1, -0.5, -2, -0.2, -3, -4], ref_logprobs=[-1.2, -0.4, -1.5, -0.3, -2, -5],
+        values=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6],
+    )  # fmt: skip
+    batch = {name: torch.tensor([values, values]) for name, values in row.items()}
+    batch |= dict(responses=torch.tensor([[5, 5, 5, 0, 0, 0], [5] * 6]), scores=torch.tensor([1.0, 7.0]))
+    out = ppo.prepare(cfg, batch, 0.05, eos_id=0)
+    expected = dict(
+        rewards=[[-0.01, 0.005, 0.025, -0.005, 1, 0], [-0.01, 0.005, 0.025, -0.005, 0.05, -1.05]],
+        returns=[[0.891266, 0.938175, 0.9665, 0.97, 1.0, 0],
+                 [-0.670549, -0.705842, -0.764044, -0.851625, -0.9175, -1.05]],
+        scores=[1.0, -1.0],  # no EOS: replaced, whatever the reward model says
+        mask=[[1, 1, 1, 1, 0, 0], [1] * 6], mask_p1=[[1, 1, 1, 1, 1, 0], [1] * 6],
+    )  # fmt: skip
+    for name, values in expected.items():
+        np.testing.assert_allclose(out[name], values, atol=1e-6, err_msg=name)
+    # whitened over the ten actions of both rows
+    advantages = np.array([0.791266, 0.738175, 0.6665, 0.57,
+                           -0.770549, -0.905842, -1.064044, -1.251625, -1.4175, -1.65])  # fmt: skip
+    whitened = (advantages - advantages.mean()) / advantages.std()
+    np.testing.assert_allclose(out["advantages"][out["mask"]], whitened, atol=3e-6)
+    assert (out["advantages"][~out["mask"]] == 0).all()
+
+
+def test_score_function_replaces_the_reward_model(pipeline):
+    seen = []
+
+    def score(queries, responses):
+        seen.extend(zip(queries, responses))
+        return [float(len(response)) for response in responses]
+
+    cfg = pipeline.config(ppo, "ppo_function", reward_model="not/there", missing_eos_score=-3.0, episodes=8)
+    ppo.main(cfg, score=score)
+    assert len(seen) == 8 and all(query.startswith("SUBREDDIT: r/") for query, _ in seen)
+    assert "<|endoftext|>" not in "".join(response for _, response in seen)
+    row, texts = metrics(cfg)[0], [response for _, response in seen]
+    ended = round(row["val/eos_rate"] * 8)
+    assert ended * min(map(len, texts)) <= row["objective/scores"] * 8 + 3 * (8 - ended) <= ended * max(map(len, texts))
+
+
+def test_adaptive_kl_moves_the_coefficient(pipeline):
+    cfg = pipeline.config(ppo, "ppo_adaptive", episodes=24, kl_target=1.0, kl_horizon=100)
+    ppo.main(cfg)
+    coefficient = cfg.kl_coef
+    for row in metrics(cfg):
+        assert row["objective/kl_coef"] == pytest.approx(coefficient, rel=1e-12)
+        coefficient *= 1 + np.clip(row["objective/kl"] / 1.0 - 1, -0.2, 0.2) * 8 / 100
+    assert coefficient != cfg.kl_coef
+
+
+def test_ppo_raises_the_score(pipeline):
+    """A rule that anyone can check: prefer responses with many distinct words."""
+    cfg = pipeline.config(ppo, "ppo_learns", episodes=40 * 16, batch_size=16, micro_batch_size=16, lr=3e-3,
+                          rollout_micro_batch_size=16, missing_eos_score=0.0, kl_coef=0.01)  # fmt: skip
+    ppo.main(cfg, score=lambda queries, responses: [float("dawn" in r or "the" in r) for r in responses])
+    scores = [row["objective/scores"] for row in metrics(cfg)]
+    assert np.mean(scores[-5:]) > np.mean(scores[:5]) + 0.2
+
+
+def test_samples_file_shows_texts(ppo_run):
+    rows = [json.loads(line) for line in (Path(ppo_run.out_dir) / "samples.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rows} == {0, 1, 2} and all(row["query"].endswith("TL;DR:") for row in rows)
+
+
+# ---------------------------------------------------------------------------- sample.py
+
+
+def test_sample_reports_what_its_rows_say(pipeline, ppo_run):
+    cfg = pipeline.config(sample, "samples", model=f"{ppo_run.out_dir}/final")
+    sample.main(cfg)
+    rows = [json.loads(line) for line in (Path(cfg.out_dir) / "samples.jsonl").read_text().splitlines()]
+    summary = json.loads((Path(cfg.out_dir) / "summary.json").read_text())
+    assert len(rows) == summary["n"] == 21
+    for name in ("tokens", "eos", "score", "reference_score", "kl"):
+        assert summary[name] == pytest.approx(np.mean([row[name] for row in rows]))
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scores = [RougeScorer(["rouge2"]).score(row["reference"], row["response"])["rouge2"].fmeasure for row in rows]
+    assert summary["rouge2"] == pytest.approx(np.mean(scores))
+
+
+def test_sample_continues_a_prompt(pipeline, capsys):
+    sample.main(pipeline.config(sample, "unused", prompt="SUBREDDIT: r/pets", temperature=0.0, response_length=5))
+    hub = GPTNeoXForCausalLM.from_pretrained(pipeline.sft)
+    tokenizer = Tokenizer.load(str(pipeline.sft))
+    query, response = tokenizer.encode("SUBREDDIT: r/pets"), []
+    while len(response) < 5 and 0 not in response:
+        logits = hub(torch.tensor([query + response])).logits[0, -1, : tokenizer.n_vocab]
+        response.append(int(logits.argmax()))
+    assert capsys.readouterr().out == tokenizer.decode(response) + "\n"
+
+
+# ---------------------------------------------------------------------------- invariants of all stages
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_loss_invariant_to_micro_batch_size(pipeline, name):
+    """Micro-batches of 1, 3 (which does not divide 8) and 8 give the same run up to float32 rounding."""
+    stage, runs = importlib.import_module(name), []
+    for micro in (1, 3, 8):
+        cfg = pipeline.config(stage, f"{name}_micro{micro}", micro_batch_size=micro)
+        stage.main(cfg)
+        runs.append(metrics(cfg))
+        runs[-1][0].pop("rewards/accuracies", None)  # DPO starts with all rewards 0: rounding decides the sign
+    # sums of the same numbers in another order; two updates at lr 1e-3 carry the rounding on
+    same_metrics(runs[0], runs[1], rtol=2e-4, atol=2e-5)
+    same_metrics(runs[0], runs[2], rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_resume_is_bitwise(pipeline, name, monkeypatch):
+    """Killed after three updates and started again, a run writes the same bytes as one that was left alone."""
+    stage = importlib.import_module(name)
+    adaptive = dict(kl_target=0.5) if name == "ppo" else {}
+    whole = pipeline.config(stage, f"{name}_whole", episodes=40, save_every=2, **adaptive)
+    stage.main(whole)
+    broken = pipeline.config(stage, f"{name}_broken", episodes=40, save_every=2, **adaptive)
+    log = runtime.Run.log
+
+    def log_and_die(run, step, *args, **kwargs):
+        log(run, step, *args, **kwargs)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runtime.Run, "log", log_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        stage.main(broken)
+    monkeypatch.undo()
+    torch.distributed.destroy_process_group()
+    assert len(metrics(broken)) == 4 and not (Path(broken.out_dir) / "final").exists()
+    stage.main(broken)
+    for file in ("metrics.jsonl", "final/model.safetensors"):
+        assert (Path(whole.out_dir) / file).read_bytes() == (Path(broken.out_dir) / file).read_bytes(), file
+    kept = sorted(path.name for path in (Path(broken.out_dir) / "checkpoints").iterdir())
+    assert kept == ["step_2", "step_4"]
+
+
+def test_finished_run_is_left_alone(pipeline, capsys):
+    before = (pipeline.sft / "model.safetensors").stat().st_mtime_ns
+    sft.main(pipeline.config(sft, "sft", episodes=320, lr=5e-3))
+    assert "is there already" in capsys.readouterr().out
+    assert (pipeline.sft / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_other_configuration_in_the_same_directory_is_refused(pipeline):
+    with pytest.raises(UserError, match=r"lr \(0.005 -> 0.5\)"):
+        sft.main(pipeline.config(sft, "sft", episodes=320, lr=0.5))
+    torch.distributed.destroy_process_group()
+
+
+def test_non_finite_gradient_stops_before_the_weights_change(pipeline, monkeypatch):
+    cfg = pipeline.config(sft, "sft_nan", save_every=1)
+    monkeypatch.setattr(sft, "token_logprobs", lambda logits, targets: F.relu(logits[..., 0]) * float("nan"))
+    with pytest.raises(UserError, match="step 0: the gradient norm is nan"):
+        sft.main(cfg)
+    torch.distributed.destroy_process_group()
+    assert not (Path(cfg.out_dir) / "checkpoints").exists()
+
+
+def test_export_loads_in_the_hub_library(pipeline):
+    _, info = GPTNeoXForCausalLM.from_pretrained(pipeline.sft, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    shutil.copytree(pipeline.sft, pipeline.directory / "copy")
+    assert Tokenizer.load(str(pipeline.directory / "copy")).n_vocab == Tokenizer.load(str(pipeline.data)).n_vocab
