@@ -8,6 +8,7 @@ Config (names that begin with an underscore are the file's own). Values on the c
 evaluated: the field's type reads them. An unknown key or a wrong type stops the run before it starts.
 """
 
+import ast
 import dataclasses
 import difflib
 import inspect
@@ -54,21 +55,22 @@ def configure(Config, argv=None):
 
 def read_file(Config, path, values):
     """Run a config file on top of `values` (which it can read) and return the new values."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            code = compile(file.read(), path, "exec")
-    except OSError as error:
-        raise UserError(f"config file {path}: cannot be read ({error.strerror}); give the path of a .py file") from None
-    except (SyntaxError, ValueError) as error:
-        raise UserError(f"config file {path}: not valid Python ({error}); write one `key = value` per line") from None
     names = dict(values)
     try:
-        exec(code, names)
-    except Exception as error:
-        raise UserError(f"config file {path}: {type(error).__name__}: {error}; correct that line") from None
+        with open(path, encoding="utf-8") as file:
+            tree = ast.parse(file.read(), path)
+        for node in tree.body:  # `lr: 1e-5` and `lr == 1e-5` are valid Python that sets nothing
+            text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+            if (isinstance(node, ast.Expr) and not text) or (isinstance(node, ast.AnnAssign) and not node.value):
+                raise SyntaxError(f"line {node.lineno} sets nothing")
+        exec(compile(tree, path, "exec"), names)
+    except OSError as error:
+        raise UserError(f"config file {path}: cannot be read ({error.strerror}); give the path of a .py file") from None
+    except (Exception, SystemExit) as error:
+        raise UserError(f"config file {path}: {type(error).__name__}: {error}; write one `key = value` per line") from None
     for key, value in names.items():
         if not key.startswith("_") and not isinstance(value, ModuleType):
-            values = {**values, key: check(field_of(Config, key, path), value)}
+            values = {**values, key: check(field_of(Config, key, path), value, path)}
     return values
 
 
@@ -97,24 +99,23 @@ def parse(field, text):
         ) from None
 
 
-def check(field, value):
+def check(field, value, where="command line"):
     """Return `value` if it has the field's type (an int is accepted for a float); else raise UserError."""
-    if field.type is float and type(value) is int:
+    if field.type is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
-    if type(value) is not field.type:
+    if type(value) is not field.type or (field.type is float and not math.isfinite(value)):
+        kind = f"{'finite ' if field.type is float else ''}{field.type.__name__}"
         raise UserError(
-            f"'{field.name}' takes {field.type.__name__}, got {type(value).__name__} ({value!r}); "
+            f"{where}: '{field.name}' takes {kind}, got {type(value).__name__} ({value!r}); "
             f"write for example {field.name} = {field.default!r}"
         )
-    if field.type is float and not math.isfinite(value):
-        raise UserError(f"'{field.name}' must be finite, got {value}")
     return value
 
 
 def describe(Config):
     """The fields with their defaults and the comments that stand beside them in the source."""
     sources = "".join(inspect.getsource(cls) for cls in reversed(Config.__mro__) if dataclasses.is_dataclass(cls))
-    comments = dict(re.findall(r"^\s+(\w+)\s*:[^#\n]*#\s*(.*)$", sources, re.MULTILINE))
+    comments = dict(re.findall(r"^\s+(\w+)\s*:.*?\s{2}#\s(.*)$", sources, re.MULTILINE))
     lines = [f"--{f.name}={f.default!r}".ljust(44) + f" {comments.get(f.name, '')}" for f in dataclasses.fields(Config)]
     usage = "usage: [config/file.py ...] [--key=value ...]"
     return "\n".join([usage, f"{inspect.getmodule(Config).__name__}.{Config.__name__}:", *lines])

@@ -76,8 +76,9 @@ class Tokenizer:
                  for merge in model["merges"]]  # fmt: skip
         supported = {
             "model.type": model["type"] == "BPE" and not model.get("byte_fallback") and not model.get("ignore_merges"),
-            "normalizer": (spec.get("normalizer") or {}).get("type", "NFC") == "NFC",
-            "pre_tokenizer": split["type"] == "ByteLevel" and not split["add_prefix_space"],
+            "normalizer": spec["normalizer"]["type"] == "NFC",
+            "pre_tokenizer": (split["type"], split["add_prefix_space"], split.get("use_regex", True))
+            == ("ByteLevel", False, True),
             "merges (not in the order of their ids)": order == sorted(order),
             "added_tokens": not any(t["single_word"] or t["lstrip"] or t["rstrip"] for t in spec["added_tokens"]),
         }
@@ -101,9 +102,8 @@ class Tokenizer:
         return ids
 
     def decode(self, ids):
-        """Text of `ids`; special tokens and padding are left out, broken UTF-8 becomes U+FFFD."""
-        known = [self._bytes[i] for i in map(int, ids) if i not in self._special.values() and i != self.pad_id]
-        return b"".join(known).decode("utf-8", errors="replace")
+        """Text of `ids`; special tokens and ids without a text are left out, broken UTF-8 becomes U+FFFD."""
+        return b"".join(self._bytes.get(int(id), b"") for id in ids).decode("utf-8", errors="replace")
 
     def save(self, directory):
         shutil.copyfile(self.path, os.path.join(directory, "tokenizer.json"))

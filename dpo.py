@@ -31,7 +31,7 @@ class Config(runtime.TrainConfig):
     max_length: int = 638  # tokens of query + response; a longer row is an error; 0: any
     beta: float = 0.05  # strength of the pull towards the reference
     loss_type: str = "sigmoid"  # sigmoid, hinge or ipo
-    label_smoothing: float = 0.0  # probability that a label is wrong (cDPO); sigmoid only
+    label_smoothing: float = 0.0  # probability that a label is wrong (cDPO); with sigmoid alone
 
 
 def dpo_loss(
@@ -43,6 +43,8 @@ def dpo_loss(
     smoothing e: -(1 - e) log s(beta D) - e log s(-beta D). hinge: max(0, 1 - beta D) (arXiv:2305.10425).
     ipo: (D - 1 / (2 beta))^2 (arXiv:2310.12036 eq. 17).
     """
+    if label_smoothing and loss_type != "sigmoid":
+        raise UserError(f"label_smoothing does nothing with loss_type {loss_type!r}; set it to 0 or use sigmoid")
     chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
     margin = chosen - rejected
     if loss_type == "sigmoid":

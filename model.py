@@ -476,6 +476,8 @@ def generate(
     return_logprobs: also return the log-probabilities (B, R) of the tokens as they were drawn (0 after EOS).
     """
     width = int(query_lens.max())
+    if temperature < 0 or (temperature > 0 and uniforms is None) or int(query_lens.min()) < 1:
+        raise UserError("generate: temperature must not be negative, sampling needs uniforms, and no query may be empty")
     is_query = torch.arange(width, device=queries.device) < query_lens[:, None]  # (B, width)
     queries = queries[:, :width].where(is_query, 0)  # a pad id need not be an id of the model
     if width + max_new_tokens > model.config.max_position_embeddings:

@@ -293,13 +293,11 @@ def make_optimizer(cfg, models):
 
 def learning_rate(step, total_steps, lr, schedule, warmup_steps=0):
     """The learning rate of update `step` (from 0): "linear" to 0, "cosine" to 0, or "constant"; linear warm-up."""
-    if step < warmup_steps:
-        return lr * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     factors = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}
     if schedule not in factors:
         raise UserError(f"schedule {schedule!r} is not known; use one of {', '.join(factors)}")
-    return lr * factors[schedule]
+    return lr * ((step + 1) / warmup_steps if step < warmup_steps else factors[schedule])
 
 
 def backward(run, loss):
