@@ -8,7 +8,9 @@ PY     := $(VENV)/bin/python
 SEED   ?= 1
 OUT    ?= out/toy-$(SEED)
 
-demo test lint: export TOKENIZERS_PARALLELISM = false
+# threads that wait must sleep: spinning ones hold a core that another process needs, and all crawl
+export OMP_WAIT_POLICY = passive
+export TOKENIZERS_PARALLELISM = false
 demo: export TOY_OUT = $(OUT)
 
 .PHONY: demo test lint

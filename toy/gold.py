@@ -135,8 +135,11 @@ def evaluate_file(path):
 
 
 def main(paths):
-    if not paths or paths[0] in ("-h", "--help"):
-        sys.exit("usage: python toy/gold.py samples.jsonl [more.jsonl ...]")
+    if {"-h", "--help"} & set(paths):
+        print(__doc__)
+        return
+    if not paths:
+        sys.exit("gold: no samples file; usage: python toy/gold.py samples.jsonl [more.jsonl ...]")
     for path in paths:
         try:
             stats = evaluate_file(path)

@@ -1,0 +1,13 @@
+# python dpo.py config/toy_dpo.py
+import os
+
+_out = os.environ.get("TOY_OUT", "out/toy")
+model = f"{_out}/sft/final"
+data = _out + "/data/comparisons_{split}.jsonl"
+out_dir = f"{_out}/dpo"
+batch_size = 32
+micro_batch_size = 32
+beta = 0.1
+lr = 2e-4
+adam_eps = 1e-8
+warmup_steps = 20

@@ -1,0 +1,19 @@
+# python toy/make_data.py out/toy/data && python sft.py config/toy_sft.py
+import os
+
+_out = os.environ.get("TOY_OUT", "out/toy")
+tokenizer = f"{_out}/data"
+data = _out + "/data/sft_{split}.jsonl"
+out_dir = f"{_out}/sft"
+scratch = True  # a model of 1.0 million parameters
+hidden_size = 128
+num_hidden_layers = 4
+num_attention_heads = 4
+loss_on = "response"  # with the query in the loss it takes twice as long until words are copied
+episodes = 500 * 32
+batch_size = 32
+micro_batch_size = 32
+eval_every = 100
+lr = 2e-3
+adam_eps = 1e-8
+warmup_steps = 30

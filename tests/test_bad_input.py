@@ -1,0 +1,169 @@
+"""Bad input ends with one line that names the thing and the mend, exit code 1, and an unchanged directory."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pipeline import ROOT, arguments
+from safetensors.torch import load_file, save_file
+
+import dpo
+import ppo
+import rm
+import sample
+import sft
+from configurator import UserError
+
+POST = {"subreddit": "pets", "title": "a cat", "post": "it slept.", "summary": "a cat slept"}
+PAIR = {
+    "info": {key: POST[key] for key in ("subreddit", "title", "post")}, "choice": 0,
+    "summaries": [{"text": " a cat", "policy": "x"}, {"text": " a dog", "policy": "y"}],
+}  # fmt: skip
+
+
+@pytest.fixture
+def bad(pipeline, tmp_path):
+    """A playground: copies of the data and the models, free to be damaged."""
+    for name in ("data", "sft", "rm"):
+        shutil.copytree(pipeline.directory / name, tmp_path / name)
+    yield tmp_path
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def change(pipeline, bad, stage, **changes):
+    cfg = pipeline.config(stage, "new", **changes)
+    moved = {key: value.replace(str(pipeline.directory), str(bad))
+             for key, value in dataclasses.asdict(cfg).items() if isinstance(value, str)}  # fmt: skip
+    return dataclasses.replace(cfg, **moved)
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def edit_json(path, **changes):
+    values = json.loads(path.read_text())
+    values.update(changes)
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def edit_weights(directory, change):
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def drop(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def put(name, value):
+    return lambda tensors: tensors.update({name: value})
+
+
+NORM = "gpt_neox.final_layer_norm.weight"
+# name: (stage, what is done to the playground (it may return changes of the configuration), the words of the line)
+CASES = {
+    "no such device": (sft, lambda d: dict(device="tpu"), "device 'tpu'"),
+    "no such dtype": (sft, lambda d: dict(dtype="float8"), "float8.*float32"),
+    "negative seed": (sft, lambda d: dict(seed=-1), "seed must not be negative"),
+    "unknown loss_on": (sft, lambda d: dict(loss_on="query"), "loss_on.*'query'.*response"),
+    "unknown reduction": (sft, lambda d: dict(reduction="sum"), "reduction.*sequence"),
+    "unknown schedule": (sft, lambda d: dict(schedule="cosin"), "schedule 'cosin'.*cosine"),
+    "unknown loss_type": (dpo, lambda d: dict(loss_type="hings"), "loss_type 'hings'.*hinge"),
+    "smoothing that does nothing": (dpo, lambda d: dict(loss_type="ipo", label_smoothing=0.1), "label_smoothing.*ipo"),
+    "batch of 0": (sft, lambda d: dict(batch_size=0), "batch_size 0"),
+    "micro-batch of 0": (sft, lambda d: dict(micro_batch_size=0), "micro_batch_size 0"),
+    "batch not divisible": (ppo, lambda d: dict(n_minibatches=3), "batch_size 8 must divide by 3"),
+    "batch larger than the data": (sft, lambda d: dict(batch_size=64, episodes=0), "60 rows are less than a batch"),
+    "out_dir is a file": (sft, lambda d: (d / "new").write_text("") and None, "new.*cannot be written"),
+    "missing model": (rm, lambda d: dict(model=str(d / "nowhere")), "nowhere.*neither a directory nor"),
+    "missing reward model": (ppo, lambda d: dict(reward_model="no/where"), "no/where"),
+    "missing tokenizer": (rm, lambda d: (d / "sft/final/tokenizer.json").unlink(), "tokenizer.json"),
+    "truncated tokenizer": (rm, lambda d: truncate(d / "sft/final/tokenizer.json"), "tokenizer.json.*JSON"),
+    "tokenizer of another kind": (rm, lambda d: edit_json(d / "sft/final/tokenizer.json", model={"type": "Unigram"}),
+                                  "tokenizer.json.*byte-level BPE"),
+    "missing config.json": (rm, lambda d: (d / "sft/final/config.json").unlink(), "config.json"),
+    "config.json of another model": (rm, lambda d: edit_json(d / "sft/final/config.json", model_type="llama"), "llama"),
+    "heads that do not divide": (rm, lambda d: edit_json(d / "sft/final/config.json", num_attention_heads=5),
+                                 "num_attention_heads 5"),
+    "width as text": (rm, lambda d: edit_json(d / "sft/final/config.json", hidden_size="32"), "hidden_size.*int.*str"),
+    "shape unlike config.json": (rm, lambda d: edit_json(d / "sft/final/config.json", hidden_size=64), r"\(.*64"),
+    "missing weights": (rm, lambda d: (d / "sft/final/model.safetensors").unlink(), "model.safetensors"),
+    "truncated weights": (rm, lambda d: truncate(d / "sft/final/model.safetensors"), "model.safetensors"),
+    "garbage weights": (rm, lambda d: (d / "sft/final/model.safetensors").write_bytes(b"x" * 1000) and None,
+                        "model.safetensors"),
+    "missing tensor": (dpo, lambda d: edit_weights(d / "sft/final", drop(NORM)), f"missing {NORM}"),
+    "extra tensor": (dpo, lambda d: edit_weights(d / "sft/final", put("extra", torch.ones(1))), "unexpected extra"),
+    "mis-shaped tensor": (dpo, lambda d: edit_weights(d / "sft/final", put(NORM, torch.ones(31))), f"{NORM}.*31"),
+    "integer tensor": (dpo, lambda d: edit_weights(d / "sft/final", put(NORM, torch.ones(32, dtype=torch.int32))),
+                       f"{NORM}.*I32"),
+    "NaN tensor": (dpo, lambda d: edit_weights(d / "sft/final", put(NORM, torch.full((32,), float("nan")))),
+                   f"{NORM}.*not finite"),
+    "reward model as a policy": (ppo, lambda d: dict(model=str(d / "rm/final")), "missing embed_out.weight"),
+    "policy as a reward model": (ppo, lambda d: dict(reward_model=str(d / "sft/final")), "missing score"),
+    "missing data": (sft, lambda d: dict(data=str(d / "no_{split}.jsonl")), "no_train.jsonl"),
+    "missing split": (sft, lambda d: dict(train_split="trian"), "sft_trian.jsonl"),
+    "no rows": (sft, lambda d: dict(data=write_rows(d / "empty.jsonl", [])), "empty.jsonl"),
+    "broken json": (sft, lambda d: (d / "data/sft_train.jsonl").write_text('{"post": ') and None, "sft_train.jsonl"),
+    "unknown columns": (sft, lambda d: dict(data=write_rows(d / "x.jsonl", [{"text": "a"}])), "columns text"),
+    "no summary": (sft, lambda d: dict(data=write_rows(d / "x.jsonl", [{**POST, "summary": None}] * 8)),
+                   "row 0.*'summary' is None"),
+    "posts instead of pairs": (rm, lambda d: dict(data=str(d / "data/sft_{split}.jsonl")), "fewer than 2 responses"),
+    "choice of 2": (rm, lambda d: dict(data=write_rows(d / "x.jsonl", [PAIR, {**PAIR, "choice": 2}])), "row 1.*choice 2"),
+    "row too long": (sft, lambda d: dict(max_length=60), "row 0 has .* tokens, more than max_length 60"),
+    "all rows too long": (sft, lambda d: dict(max_length=9, drop_long=True), "all rows are longer"),
+    "empty prompt": (ppo, lambda d: dict(data=write_rows(d / "x.jsonl", [{"prompt": ""}])), "row 0.*empty"),
+    "prompt too long": (ppo, lambda d: dict(data=write_rows(d / "x.jsonl", [{"prompt": "a " * 600}])), "max_length 512"),
+    "chat without a role": (rm, lambda d: dict(data=write_rows(d / "x.jsonl", [
+        {"chosen": [{"content": "a"}], "rejected": [{"content": "b"}]}])), "'role'"),
+    "longer than the model": (sft, lambda d: dict(data=write_rows(d / "x.jsonl", [{"prompt": "a " * 3000,
+        "completion": " b"}] * 8), max_length=0, eval_split=""), "longer than the model's 2048"),
+    "greedy PPO": (ppo, lambda d: dict(temperature=-1.0), "temperature must not be negative"),
+    "sampling from nothing": (sample, lambda d: dict(model=str(d / "nowhere")), "nowhere"),
+    "other configuration": (sft, lambda d: (d / "sft").rename(d / "new") and None, "another configuration: .*new.*sft"),
+}  # fmt: skip
+
+
+def contents(directory):
+    return {path: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line(pipeline, bad, case):
+    stage, damage, words = CASES[case]
+    changes = damage(bad)
+    cfg = change(pipeline, bad, stage, **(changes if isinstance(changes, dict) else {}))
+    before = contents(bad)
+    with pytest.raises(UserError, match=words) as error:
+        stage.main(cfg)
+    assert "\n" not in str(error.value)
+    after = contents(bad)
+    # a run that gets as far as its directory writes its configuration there; nothing else may change
+    new = {path for path in after if path not in before}
+    assert all(path.is_relative_to(Path(cfg.out_dir)) and path.name == "config.json" for path in new)
+    assert {path: after[path] for path in before} == before
+
+
+@pytest.mark.parametrize("argument", ["--leraning_rate=1", "--lr=fast", "config/none.py", "lr=3"])
+def test_bad_command_line_is_one_line_and_exit_code_1(pipeline, argument):
+    """As a user sees it: one line on stderr, no traceback."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "sft.py", *arguments(pipeline.config(sft, "never")), argument]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stdout == ""
+    assert len(result.stderr.strip().split("\n")) == 1 and argument.split("=")[0].lstrip("-") in result.stderr
+    assert not (pipeline.directory / "never").exists()
