@@ -7,6 +7,7 @@ data = _out + "/data/comparisons_{split}.jsonl"
 out_dir = f"{_out}/dpo"
 batch_size = 32
 micro_batch_size = 32
+episodes = 150 * 32
 beta = 0.1
 lr = 2e-4
 adam_eps = 1e-8
