@@ -60,14 +60,15 @@ def read_file(Config, path, values):
         with open(path, encoding="utf-8") as file:
             tree = ast.parse(file.read(), path)
         for node in tree.body:  # `lr: 1e-5` and `lr == 1e-5` are valid Python that sets nothing
-            text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+            text = isinstance(getattr(node, "value", None), ast.Constant) and isinstance(node.value.value, str)
             if (isinstance(node, ast.Expr) and not text) or (isinstance(node, ast.AnnAssign) and not node.value):
                 raise SyntaxError(f"line {node.lineno} sets nothing")
         exec(compile(tree, path, "exec"), names)
     except OSError as error:
         raise UserError(f"config file {path}: cannot be read ({error.strerror}); give the path of a .py file") from None
     except (Exception, SystemExit) as error:
-        raise UserError(f"config file {path}: {type(error).__name__}: {error}; write one `key = value` per line") from None
+        kind = type(error).__name__
+        raise UserError(f"config file {path}: {kind}: {error}; write one `key = value` per line") from None
     for key, value in names.items():
         if not key.startswith("_") and not isinstance(value, ModuleType):
             values = {**values, key: check(field_of(Config, key, path), value, path)}

@@ -19,7 +19,6 @@ import functools
 import hashlib
 import os
 import re
-import shutil
 import unicodedata
 
 import numpy as np
@@ -51,7 +50,8 @@ class Tokenizer:
             vocab, added = spec["model"]["vocab"], spec["added_tokens"]
             special = {token["content"]: token["id"] for token in added if token["special"]}
             self._runs = {token["content"]: token["id"] for token in added if not token["special"]}
-            ranks = {to_bytes(token): id for token, id in vocab.items() if token not in special}
+            symbols = byte_symbols()
+            ranks = {bytes(symbols[s] for s in token): id for token, id in vocab.items() if token not in special}
             self._encoding = tiktoken.Encoding(path, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
             self._bytes = {id: token for token, id in ranks.items()}
             self._bytes.update({id: text.encode() for text, id in self._runs.items()})
@@ -72,13 +72,14 @@ class Tokenizer:
     def _check(spec):
         """Refuse what would be encoded differently from the library, rather than encode it wrongly."""
         model, split = spec["model"], spec["pre_tokenizer"]
-        order = [model["vocab"]["".join(merge.split(" ") if isinstance(merge, str) else merge)]
-                 for merge in model["merges"]]  # fmt: skip
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        order = [model["vocab"]["".join(merge)] for merge in merges]
         supported = {
             "model.type": model["type"] == "BPE" and not model.get("byte_fallback") and not model.get("ignore_merges"),
             "normalizer": spec["normalizer"]["type"] == "NFC",
-            "pre_tokenizer": (split["type"], split["add_prefix_space"], split.get("use_regex", True))
-            == ("ByteLevel", False, True),
+            "pre_tokenizer": split["type"] == "ByteLevel"
+            and not split["add_prefix_space"]
+            and split.get("use_regex", True),
             "merges (not in the order of their ids)": order == sorted(order),
             "added_tokens": not any(t["single_word"] or t["lstrip"] or t["rstrip"] for t in spec["added_tokens"]),
         }
@@ -105,20 +106,12 @@ class Tokenizer:
         """Text of `ids`; special tokens and ids without a text are left out, broken UTF-8 becomes U+FFFD."""
         return b"".join(self._bytes.get(int(id), b"") for id in ids).decode("utf-8", errors="replace")
 
-    def save(self, directory):
-        shutil.copyfile(self.path, os.path.join(directory, "tokenizer.json"))
 
-
-@functools.cache
-def byte_of_symbol():
+def byte_symbols():
     """The printable character by which tokenizer.json stands for each byte -> that byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
-def to_bytes(token):
-    return bytes(byte_of_symbol()[symbol] for symbol in token)
 
 
 def split_at(tokens, text):
@@ -180,19 +173,17 @@ def chat_text(value):
     return "".join(f"\n\n{'Human' if role == 'user' else role.capitalize()}: {content}" for role, content in turns)
 
 
-def split_prompt(row):
-    """(prompt, chosen, rejected) texts; an implicit prompt is what both transcripts share up to the last answer."""
-    chosen, rejected = chat_text(row["chosen"]), chat_text(row["rejected"])
-    if row.get("prompt") is not None:
-        prompt = chat_text(row["prompt"])
-        if not isinstance(row["prompt"], str):
-            prompt += "\n\nAssistant:"
-            chosen, rejected = (text.removeprefix("\n\nAssistant:") for text in (chosen, rejected))
-        return prompt, chosen, rejected
-    shared = os.path.commonprefix([chosen, rejected])
-    answer = shared.rfind("\n\nAssistant:")
-    cut = answer + len("\n\nAssistant:") if answer >= 0 else max(shared.rfind(" "), 0)
-    return shared[:cut], chosen[cut:], rejected[cut:]
+def split_prompt(row, keys):
+    """The prompt and the responses of `keys`; an implicit prompt is what all share up to the last answer."""
+    answer, texts = "\n\nAssistant:", [chat_text(row[key]) for key in keys]
+    if row.get("prompt") is None:
+        shared = os.path.commonprefix(texts)
+        cut = shared.rfind(answer) + len(answer) if answer in shared else max(shared.rfind(" "), 0)
+        return shared[:cut], [text[cut:] for text in texts]
+    prompt = chat_text(row["prompt"])
+    if isinstance(row["prompt"], str):
+        return prompt, texts
+    return prompt + answer, [text.removeprefix(answer) for text in texts]
 
 
 def parse_row(row, tokenizer, max_query_tokens):
@@ -207,13 +198,9 @@ def parse_row(row, tokenizer, max_query_tokens):
         meta["confidence"] = int((row.get("extra") or {}).get("confidence") or 0)
         meta["policies"] = " / ".join(sorted(str(summary.get("policy") or "?") for summary in pair))
     elif "chosen" in row:
-        source, *texts = split_prompt(row)
+        source, texts = split_prompt(row, ["chosen", "rejected"])
     elif "prompt" in row:
-        source, texts = chat_text(row["prompt"]), []
-        if row.get("completion") is not None:
-            texts = [chat_text(row["completion"])]
-            if not isinstance(row["prompt"], str):
-                source, texts = source + "\n\nAssistant:", [texts[0].removeprefix("\n\nAssistant:")]
+        source, texts = split_prompt(row, ["completion"] if row.get("completion") is not None else [])
     else:
         # references come without the space that the text after "TL;DR:" begins with (detail 3)
         source, texts = row, [" " + text_of(row, "summary").lstrip(" ")] if "summary" in row else []
@@ -228,10 +215,7 @@ def parse_row(row, tokenizer, max_query_tokens):
 
 # ---------------------------------------------------------------------------- data sets
 
-SCHEMAS = [
-    {"info", "summaries", "choice"}, {"chosen", "rejected"}, {"prompt"},
-    {"subreddit", "title", "post"}, {"article"},
-]  # fmt: skip
+SCHEMAS = ["info summaries choice", "chosen rejected", "prompt", "subreddit title post", "article"]
 
 
 def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_tokens=512, drop_long=False):
@@ -247,45 +231,36 @@ def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_t
     name = f"{source} [{split}]"
     if len(raw) == 0:
         raise UserError(f"{name}: no rows; give a split that has some")
-    if not any(schema <= set(raw.column_names) for schema in SCHEMAS):
-        known = "; ".join(", ".join(sorted(schema)) for schema in SCHEMAS)
-        raise UserError(f"{name}: columns {', '.join(raw.column_names)} fit no known schema ({known})")
+    if not any(set(schema.split()) <= set(raw.column_names) for schema in SCHEMAS):
+        raise UserError(f"{name}: columns {', '.join(raw.column_names)} fit no known schema ({'; '.join(SCHEMAS)})")
 
     def tokenise(row, index):
         try:
             parsed = parse_row(dict(row), tokenizer, max_query_tokens)
-            if not n_responses:
-                parsed["responses"] = []
-            if not parsed["query"]:
-                raise UserError("the query is empty; correct or drop the row")
+            parsed["responses"] = parsed["responses"] if n_responses else []
+            if not parsed["query"] or len(parsed["responses"]) < n_responses:
+                found = f"{len(parsed['query'])} query tokens and {len(parsed['responses'])} responses"
+                raise UserError(f"{found}, but a query and {n_responses} are needed; is it the right kind of data?")
             longest = max(map(len, parsed["responses"]), default=0)
             return {**parsed, "length": len(parsed["query"]) + longest}
         except UserError as error:
             raise UserError(f"{name}: row {index}: {error}") from None
 
     # the code is part of the key: a changed format must not read an old cache
-    key = hashlib.sha256(repr((raw._fingerprint, max_query_tokens, n_responses > 0)).encode())
+    key = hashlib.sha256(repr((raw._fingerprint, max_query_tokens, n_responses)).encode())
     for path in (__file__, tokenizer.path):
         with open(path, "rb") as file:
             key.update(file.read())
-    rows = raw.map(
-        tokenise, with_indices=True, remove_columns=raw.column_names, new_fingerprint=key.hexdigest()[:16]
-    )
-    short = min(range(len(rows)), key=lambda index: len(rows[index]["responses"])) if n_responses else None
-    if n_responses and len(rows[short]["responses"]) < n_responses:
-        raise UserError(f"{name}: row {short} has fewer than {n_responses} responses; is it the right kind of data?")
+    fingerprint = key.hexdigest()[:16]
+    rows = raw.map(tokenise, with_indices=True, remove_columns=raw.column_names, new_fingerprint=fingerprint)
     lengths = np.asarray(rows["length"])
-    if max_length and lengths.max() > max_length:
-        long = np.flatnonzero(lengths > max_length)
-        if not drop_long:
-            raise UserError(
-                f"{name}: row {long[0]} has {lengths[long[0]]} tokens, more than max_length {max_length} "
-                f"({len(long)} such rows); raise max_length, or leave them out with --drop_long"
-            )
-        rows = rows.select(np.flatnonzero(lengths <= max_length))
-        if len(rows) == 0:
-            raise UserError(f"{name}: all rows are longer than max_length {max_length}; raise it")
-    return rows
+    long = np.flatnonzero(lengths > (max_length or np.inf))
+    if len(long) and (not drop_long or len(long) == len(rows)):
+        raise UserError(
+            f"{name}: row {long[0]} has {lengths[long[0]]} tokens, more than max_length {max_length} "
+            f"({len(long)} such rows of {len(rows)}); raise max_length, or leave them out with --drop_long"
+        )
+    return rows.select(np.flatnonzero(lengths <= max_length)) if len(long) else rows
 
 
 def read_split(source, split):
@@ -347,6 +322,12 @@ def collate(queries, responses, device="cpu"):
     select = (lengths - response_lens - 1)[:, None] + columns
     mask = columns < response_lens[:, None]
     return tuple(x.to(device) for x in (ids, select.clamp(max=ids.shape[1] - 1), targets, mask))
+
+
+def up_to_last(queries, responses, device="cpu"):
+    """Rows of query and response ids -> ids (B, T) and the position (B, 1) of each row's last token."""
+    ids, lengths = pad_right([query + response for query, response in zip(queries, responses)])
+    return ids.to(device), lengths[:, None].to(device) - 1
 
 
 def accuracy_table(rows, margins):

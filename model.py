@@ -55,9 +55,8 @@ class GPTNeoXConfig:
 
     def __post_init__(self):
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model config: {name} must be positive, got {getattr(self, name)}")
+        if min(self.vocab_size, self.hidden_size, self.num_hidden_layers, self.num_attention_heads) < 1:
+            raise UserError("model config: vocab_size, hidden_size and the counts of layers and heads must be positive")
         if self.hidden_size % self.num_attention_heads or self.rotary_dims % 2:
             raise UserError(
                 f"model config: hidden_size {self.hidden_size} must divide into num_attention_heads "
@@ -141,9 +140,8 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mask = None
         if cache is not None:
-            decoding = cache.end > 0
             keys, values, seen = cache.append(self.layer, k, v)
-            if decoding:
+            if cache.end > 0:  # decoding; the prefill attends to itself alone, causally
                 k, v, mask = keys, values, seen
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.dense(y.transpose(1, 2).reshape(B, T, D))
@@ -269,9 +267,9 @@ class Pretrained(nn.Module):
             meta = dict(architectures=[self.architecture], model_type="gpt_neox", torch_dtype=dtype)
             write_json(os.path.join(directory, "config.json"), {**meta, **asdict(self.config)})
             if len(shards) > 1:
-                total = sum(tensor.nbytes for tensor in state.values())
-                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-                write_json(os.path.join(directory, "model.safetensors.index.json"), index)
+                total = {"total_size": sum(tensor.nbytes for tensor in state.values())}
+                index = os.path.join(directory, "model.safetensors.index.json")
+                write_json(index, {"metadata": total, "weight_map": weight_map})
 
 
 class GPTNeoX(Pretrained):
@@ -324,13 +322,11 @@ def init_weights(model, seed=None, only=""):
         if parameter.is_meta or not name.startswith(only):
             continue
         generator = None if seed is None else torch.Generator().manual_seed(seed * 1_000_003 + index)
-        std = 1 / math.sqrt(model.config.hidden_size + 1) if name.startswith("score") else model.config.initializer_range
-        if name.endswith("bias"):
-            value = torch.zeros(parameter.shape)
-        elif "norm" in name:
-            value = torch.ones(parameter.shape)
+        head_std, std = 1 / math.sqrt(model.config.hidden_size + 1), model.config.initializer_range
+        if name.endswith("bias") or "norm" in name:
+            value = torch.full(parameter.shape, float(name.endswith("norm.weight")))
         else:
-            value = torch.randn(parameter.shape, generator=generator) * std
+            value = torch.randn(parameter.shape, generator=generator) * (head_std if "score" in name else std)
         copy_rows(parameter, value)
 
 
@@ -464,10 +460,8 @@ def sample_token(logits, temperature, uniforms, n_vocab=None):
 
 
 @torch.no_grad()
-def generate(
-    model, queries, query_lens, max_new_tokens, temperature, uniforms=None, eos_id=None, n_vocab=None,
-    return_logprobs=False,
-):  # fmt: skip
+def generate(model, queries, query_lens, max_new_tokens, temperature, uniforms=None, eos_id=None, n_vocab=None,
+             return_logprobs=False):  # fmt: skip
     """Continue right-padded queries (B, Q) of lengths query_lens (B,) by max_new_tokens = R tokens: (B, R).
 
     temperature:     0 is greedy; else one uniform of `uniforms` (B, R) in [0, 1) decides each token.
@@ -477,7 +471,7 @@ def generate(
     """
     width = int(query_lens.max())
     if temperature < 0 or (temperature > 0 and uniforms is None) or int(query_lens.min()) < 1:
-        raise UserError("generate: temperature must not be negative, sampling needs uniforms, and no query may be empty")
+        raise UserError("generate: temperature must not be negative; sampling needs uniforms; no query may be empty")
     is_query = torch.arange(width, device=queries.device) < query_lens[:, None]  # (B, width)
     queries = queries[:, :width].where(is_query, 0)  # a pad id need not be an id of the model
     if width + max_new_tokens > model.config.max_position_embeddings:

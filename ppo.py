@@ -34,7 +34,7 @@ from torch import nn
 
 import runtime
 from configurator import configure
-from data import Tokenizer, batch_rows, collate, pad_right, uniforms
+from data import Tokenizer, batch_rows, collate, uniforms, up_to_last
 from model import GPTNeoX, ScalarModel, token_logprobs
 
 
@@ -138,7 +138,7 @@ class FixedKLController:
         self.value = kl_coef
 
     def update(self, kl, n_episodes):
-        pass
+        """Leave the coefficient as it is."""
 
 
 class AdaptiveKLController:
@@ -158,8 +158,7 @@ class AdaptiveKLController:
 
 def model_scores(reward_model, device, queries, responses):
     """Scores (B,): the reward model's scalar at the last token, which is EOS where there is one (detail 12)."""
-    ids, lengths = pad_right([query + response for query, response in zip(queries, responses)])
-    return reward_model(ids.to(device), lengths[:, None].to(device) - 1)[:, 0]
+    return reward_model(*up_to_last(queries, responses, device))[:, 0]
 
 
 def function_scores(function, tokenizer, device, queries, responses):
@@ -195,12 +194,12 @@ def rollout(run, cfg, policy, reference, critic, score, queries, step, tokenizer
         prompts = [queries[i] for i in index]
         ids, select, targets = model_inputs(prompts, responses[index], last[index], run.device)
         logits, temperature, n_vocab = policy(ids, select), cfg.temperature, tokenizer.n_vocab
-        columns = dict(
-            logprobs=token_logprobs(logits, targets, temperature, n_vocab),
-            ref_logprobs=token_logprobs(reference(ids, select), targets, temperature, n_vocab),
-            values=critic(ids, select),
-            entropy=entropy(logits, temperature, n_vocab),
-        )
+        columns = {
+            "logprobs": token_logprobs(logits, targets, temperature, n_vocab),
+            "ref_logprobs": token_logprobs(reference(ids, select), targets, temperature, n_vocab),
+            "values": critic(ids, select),
+            "entropy": entropy(logits, temperature, n_vocab),
+        }
         columns = {name: F.pad(x, (0, cfg.response_length - x.shape[1])) for name, x in columns.items()}
         ended = [row[: end + 1] for row, end in zip(responses[index].tolist(), last[index].tolist())]
         return columns | {"scores": score(prompts, ended)}

@@ -18,7 +18,7 @@ from torch import nn
 
 import runtime
 from configurator import configure
-from data import Tokenizer, accuracy_table, batch_rows, load_rows, pad_right
+from data import Tokenizer, accuracy_table, batch_rows, load_rows, up_to_last
 from model import ScalarModel
 
 
@@ -49,10 +49,9 @@ def ranking_loss(rewards):
 
 def rewards_of(model, queries, responses, device):
     """Rewards (B, K) of the responses (B lists of K lists of ids) to queries (B lists), in one forward pass."""
-    sequences = [query + response for query, row in zip(queries, responses) for response in row]
-    ids, lengths = pad_right(sequences)
-    last = lengths[:, None] - 1  # (B * K, 1): EOS
-    return model(ids.to(device), last.to(device)).view(len(queries), -1)
+    flat = [(query, response) for query, row in zip(queries, responses) for response in row]
+    ids, eos = up_to_last(*zip(*flat), device)  # (B * K, T), (B * K, 1)
+    return model(ids, eos).view(len(queries), -1)
 
 
 def update(run, cfg, model, rows):

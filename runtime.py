@@ -362,8 +362,6 @@ def save_checkpoint(run, step, models, optimizer, **scalars):
     dcp.save({"models": weights, "optimizer": moments}, checkpoint_id=temporary)
     if run.is_main:
         write_json(temporary / "scalars.json", {"step": step, **scalars})
-        if final.exists():
-            shutil.rmtree(final)
         temporary.rename(final)
         for old in list_checkpoints(run)[: -max(1, run.cfg.keep_checkpoints)]:
             shutil.rmtree(old)
@@ -403,6 +401,6 @@ def export(run, model, tokenizer):
     final, temporary = run.out_dir / "final", run.out_dir / "tmp_final"
     model.save_pretrained(temporary)
     if run.is_main:
-        tokenizer.save(temporary)
+        shutil.copyfile(tokenizer.path, temporary / "tokenizer.json")
         temporary.rename(final)
         print(f"\nwrote {final}", flush=True)

@@ -8,7 +8,7 @@ Over a split it prints one table and writes out_dir/samples.jsonl (query, respon
 reference_score, kl) and out_dir/summary.json. The rows sampled and the tokens drawn depend on `seed` alone.
 """
 
-import json
+import functools
 import sys
 from dataclasses import asdict, dataclass
 
@@ -16,7 +16,7 @@ import numpy as np
 
 import runtime
 from configurator import UserError, configure
-from data import Tokenizer, collate, load_rows, pad_right, uniforms
+from data import Tokenizer, collate, load_rows, uniforms, up_to_last
 from model import GPTNeoX, ScalarModel, token_logprobs, write_json
 
 
@@ -57,10 +57,9 @@ def measure(run, cfg, function, queries, responses):
     return run.map_rows(apply, lengths, cfg.micro_batch_size)["x"].tolist()
 
 
-def reward(model, device, queries, responses):
+def rewards(model, device, queries, responses):
     """The reward model's scalar at each sequence's last token: (B,)."""
-    ids, lengths = pad_right([query + response for query, response in zip(queries, responses)])
-    return model(ids.to(device), lengths[:, None].to(device) - 1)[:, 0]
+    return model(*up_to_last(queries, responses, device))[:, 0]
 
 
 def log_ratio(model, reference, device, temperature, n_vocab, queries, responses):
@@ -98,11 +97,11 @@ def evaluate(run, cfg, model, tokenizer):
     if cfg.reward_model:
         reward_model = runtime.load_model(run, ScalarModel, cfg.reward_model)
         for name, texts in (("score", responses), ("reference_score", references)):
-            columns[name] = measure(run, cfg, lambda q, r: reward(reward_model, run.device, q, r), queries, texts)
+            columns[name] = measure(run, cfg, functools.partial(rewards, reward_model, run.device), queries, texts)
     if cfg.reference:
         anchor = runtime.load_model(run, GPTNeoX, cfg.reference)
-        settings = (model, anchor, run.device, cfg.temperature, tokenizer.n_vocab)
-        columns["kl"] = measure(run, cfg, lambda q, r: log_ratio(*settings, q, r), queries, responses)
+        ratio = functools.partial(log_ratio, model, anchor, run.device, cfg.temperature, tokenizer.n_vocab)
+        columns["kl"] = measure(run, cfg, ratio, queries, responses)
     means = {name: float(np.mean(column)) for name, column in columns.items() if not isinstance(column[0], str)}
     return [dict(zip(columns, values)) for values in zip(*columns.values())], {"n": len(queries), **means, **summary}
 
@@ -128,7 +127,7 @@ def main(cfg):
                 (run.out_dir / "samples.jsonl").unlink(missing_ok=True)
                 runtime.append_jsonl(run.out_dir / "samples.jsonl", rows)
                 write_json(run.out_dir / "summary.json", {**summary, "config": asdict(cfg)})
-                print(json.dumps(str(run.out_dir / "samples.jsonl")))
+                print(f"wrote {run.out_dir}/samples.jsonl")
     run.close()
 
 

@@ -20,7 +20,8 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 def torchrun(stage, cfg, n=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-    result = subprocess.run([*command, f"{stage}.py", *arguments(cfg)], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    command += [f"{stage}.py", *arguments(cfg)]
+    result = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
 
 

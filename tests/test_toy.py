@@ -99,7 +99,7 @@ def test_world_words_are_unambiguous():
     for text in texts:
         assert not world.parse_facts(text), f"{text!r} states a fact by accident"
     for recap in world.RECAPS:
-        assert all(" ".join(recap).count("{%s}" % slot) == 1 for slot in world.SLOTS)
+        assert all(" ".join(recap).count(f"{{{slot}}}") == 1 for slot in world.SLOTS)
 
 
 def test_parse_facts_returns_what_was_written():

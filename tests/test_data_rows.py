@@ -1,0 +1,171 @@
+"""Rows of every schema, what makes up a batch, and which rows make up which step."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from pipeline import ROOT, make_data
+
+import data
+from configurator import UserError
+from data import Tokenizer, batch_rows, collate, load_rows, uniforms
+
+POST = {"subreddit": "pets", "title": "a cat", "post": "it slept.", "summary": "a cat slept"}
+QUERY = "SUBREDDIT: r/pets\n\nTITLE: a cat\n\nPOST: it slept.\n\nTL;DR:"
+INFO = {key: POST[key] for key in ("subreddit", "title", "post")}
+ARTICLE = {"article": "it slept.", "post": None, "title": None, "subreddit": None}
+TEXTS = [{"text": " one", "policy": "b"}, {"text": " two", "policy": "a"}]
+CHAT = [{"role": "user", "content": "hi"}]
+YES, NO = ({"role": "assistant", "content": text} for text in ("yes", "no"))
+HUMAN = "\n\nHuman: hi\n\nAssistant:"
+
+# row -> the query's text, the responses' texts without EOS, the best first
+SCHEMAS = {
+    "post": (POST, QUERY, [" a cat slept"]),
+    "post whose summary has its space": ({**POST, "summary": " a cat slept"}, QUERY, [" a cat slept"]),
+    "comparison, first": ({"info": INFO, "summaries": TEXTS, "choice": 0}, QUERY, [" one", " two"]),
+    "comparison, second": ({"info": INFO, "summaries": TEXTS, "choice": 1}, QUERY, [" two", " one"]),
+    "comparison of an article": ({"info": ARTICLE, "summaries": TEXTS, "choice": 0},
+                                 "Article:\nit slept.\n\nTL;DR:\n", [" one", " two"]),
+    "prompt and completion": ({"prompt": "say it:", "completion": " now"}, "say it:", [" now"]),
+    "prompt alone": ({"prompt": "say it:"}, "say it:", []),
+    "prompt and pair": ({"prompt": "say it:", "chosen": " now", "rejected": " later"}, "say it:", [" now", " later"]),
+    "transcripts": ({"chosen": HUMAN + " yes", "rejected": HUMAN + " no"}, HUMAN, [" yes", " no"]),
+    "transcripts that part inside an answer": ({"chosen": HUMAN + " I do", "rejected": HUMAN + " I am not"},
+                                               HUMAN, [" I do", " I am not"]),
+    "texts with a shared start": ({"chosen": "the cat sat", "rejected": "the cat ran"}, "the cat", [" sat", " ran"]),
+    "chats": ({"chosen": [*CHAT, YES], "rejected": [*CHAT, NO]}, HUMAN, [" yes", " no"]),
+    "chat prompt": ({"prompt": CHAT, "chosen": [YES], "rejected": [NO]}, HUMAN, [" yes", " no"]),
+    "chat completion": ({"prompt": CHAT, "completion": [YES]}, HUMAN, [" yes"]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(toy):
+    return Tokenizer.load(str(toy))
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_schema_gives_query_and_responses(name, kind, tokenizer, tmp_path):
+    row, query, responses = SCHEMAS[name]
+    path = tmp_path / f"rows_train.{kind}"
+    if kind == "jsonl":
+        path.write_text(json.dumps(row) + "\n")
+    else:
+        import datasets
+
+        datasets.Dataset.from_list([row]).to_parquet(path)
+    parsed = load_rows(str(tmp_path / f"rows_{{split}}.{kind}"), "train", tokenizer, n_responses=len(responses))[0]
+    assert tokenizer.decode(parsed["query"]) == query
+    assert [tokenizer.decode(ids) for ids in parsed["responses"]] == responses
+    assert all(ids[-1] == tokenizer.eos_id and tokenizer.eos_id not in ids[:-1] for ids in parsed["responses"])
+    assert parsed["length"] == len(parsed["query"]) + max(map(len, parsed["responses"]), default=0)
+    if "comparison" in name:
+        assert parsed["policies"] == "a / b"
+
+
+def test_directory_loads_as_a_data_set(tokenizer, tmp_path):
+    """A directory in the hub's layout: data/train-00000-of-00001.parquet."""
+    import datasets
+
+    datasets.Dataset.from_list([POST] * 3).to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    assert len(load_rows(str(tmp_path), "train", tokenizer, 1)) == 3
+
+
+def test_changed_file_is_read_again(tokenizer, tmp_path):
+    path = tmp_path / "x.jsonl"
+    for title in ("one", "two"):
+        path.write_text(json.dumps({**POST, "title": title}) + "\n")
+        assert title in tokenizer.decode(load_rows(str(path), "train", tokenizer, 1)[0]["query"])
+
+
+def test_changed_code_does_not_read_the_old_cache(tokenizer, tmp_path, monkeypatch):
+    """The cache's key holds data.py itself: an edited format takes effect."""
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(POST) + "\n")
+    first = load_rows(str(path), "train", tokenizer, 1)._fingerprint
+    assert load_rows(str(path), "train", tokenizer, 1)._fingerprint == first
+    edited = tmp_path / "data.py"
+    edited.write_text(open(data.__file__).read() + "# edited\n")
+    monkeypatch.setattr(data, "__file__", str(edited))
+    assert load_rows(str(path), "train", tokenizer, 1)._fingerprint != first
+
+
+def test_long_rows_are_an_error_or_left_out(tokenizer, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({**POST, "summary": "a " * n}) + "\n" for n in (1, 50, 2)))
+    with pytest.raises(UserError, match=r"row 1 has \d+ tokens.*\(1 such rows of 3\)"):
+        load_rows(str(path), "train", tokenizer, 1, max_length=60)
+    assert len(load_rows(str(path), "train", tokenizer, 1, max_length=60, drop_long=True)) == 2
+    assert len(load_rows(str(path), "train", tokenizer, 0, max_length=60)) == 3  # queries alone are short
+
+
+def test_real_rows_have_the_known_lengths(real_tokenizer, tldr_sample):
+    """Query at most 512, query + response at most 562 (SFT), response at most 53 tokens of Pythia's tokenizer."""
+    tokenizer = Tokenizer.load(str(real_tokenizer))
+    for split, n in (("train", 1362), ("validation", 194)):
+        rows = load_rows(f"{tldr_sample}/sft_{{split}}.jsonl", split, tokenizer, 1, max_length=562)
+        assert len(rows) == n
+        assert max(map(len, rows["query"])) <= 512 and max(len(r[0]) for r in rows["responses"]) <= 53
+        assert all(tokenizer.decode(r[0]).startswith(" ") and r[0][-1] == 0 for r in rows["responses"])
+    pairs = load_rows(f"{tldr_sample}/comparisons_{{split}}.jsonl", "train", tokenizer, 2, max_length=638)
+    raw = [json.loads(line) for line in open(f"{tldr_sample}/comparisons_train.jsonl")]
+    for row, pair in list(zip(raw, pairs))[::50]:
+        texts = [tokenizer.decode(ids) for ids in pair["responses"]]
+        assert texts == [row["summaries"][row["choice"]]["text"], row["summaries"][1 - row["choice"]]["text"]]
+
+
+def test_each_epoch_is_a_permutation_of_its_own():
+    steps = [batch_rows(10, 4, step, seed=1) for step in range(5)]  # 20 rows: two epochs
+    rows = np.concatenate(steps)
+    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10)) and list(rows[:10]) != list(rows[10:])
+    assert (batch_rows(10, 4, 3, seed=1) == steps[3]).all()  # of (seed, step) alone
+    assert list(np.concatenate([batch_rows(10, 4, step, seed=2) for step in range(5)])) != list(rows)
+
+
+def test_batches_do_not_depend_on_each_other():
+    """The same rows come whether a step is reached by a run or by a resumed one, for any batch size."""
+    assert list(batch_rows(7, 3, 2, 5)) == list(np.concatenate([batch_rows(7, 1, step, 5) for step in (6, 7, 8)]))
+
+
+def test_uniforms_are_a_function_of_their_key():
+    a = uniforms((4, 6), 1, 2)
+    assert torch.equal(a, uniforms((4, 6), 1, 2)) and not torch.equal(a, uniforms((4, 6), 1, 3))
+    assert a.min() >= 0 and a.max() < 1
+
+
+def test_collate_aligns_predictions_with_targets():
+    ids, select, targets, mask = collate([[11, 12, 13], [21]], [[14, 15], [22, 23, 24]])
+    assert ids.tolist() == [[11, 12, 13, 14, 15], [21, 22, 23, 24, 0]]
+    assert targets.tolist() == [[14, 15, 0], [22, 23, 24]] and mask.tolist() == [[True, True, False], [True] * 3]
+    # position p predicts the token at p + 1
+    for row in range(2):
+        for column in range(3):
+            if mask[row, column]:
+                assert ids[row, select[row, column] + 1] == targets[row, column]
+    assert select.max() < ids.shape[1]
+
+
+def test_import_has_no_side_effects():
+    """Importing every module neither parses arguments, starts a process group, touches CUDA, nor writes anything."""
+    code = """
+import os, sys
+sys.argv = ["x", "--no_such_key=1"]
+before = sorted(os.listdir("."))
+import configurator, model, data, runtime, sft, rm, ppo, dpo, sample
+import torch
+assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
+assert "datasets" not in sys.modules and "wandb" not in sys.modules
+assert sorted(os.listdir(".")) == before
+"""
+    result = subprocess.run([sys.executable, "-B", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
