@@ -253,22 +253,22 @@ def ppo_loss(cfg, new_logprobs, new_values, micro, n_actions, n_values):
 
     n_actions, n_values: how many tokens count in the whole minibatch, over all micro-batches and ranks.
     """
-    advantages, mask = micro["advantages"], micro["mask"] / n_actions  # (B, R), summing to 1 over the minibatch
-    mask_p1 = micro["mask_p1"] / n_values
-    pg_loss = policy_loss(new_logprobs, micro["logprobs"], advantages, cfg.cliprange)
-    vf_loss = value_loss(new_values, micro["values"], micro["returns"], cfg.cliprange_value)
-    loss = (pg_loss * mask).sum() + cfg.vf_coef * (vf_loss * mask_p1).sum()
+    actions, values = micro["mask"] / n_actions, micro["mask_p1"] / n_values  # weights (B, R), 0 where nothing counts
+    logprobs, advantages, returns = micro["logprobs"], micro["advantages"], micro["returns"]
+    new_logprobs = new_logprobs.where(micro["mask"], logprobs)  # what stands behind EOS must not overflow exp
+    pg_loss = policy_loss(new_logprobs, logprobs, advantages, cfg.cliprange)
+    vf_loss = value_loss(new_values, micro["values"], returns, cfg.cliprange_value)
+    loss = (pg_loss * actions).sum() + cfg.vf_coef * (vf_loss * values).sum()
     with torch.no_grad():
-        log_ratio = (new_logprobs - micro["logprobs"]) * micro["mask"]
-        ratio, unclipped_vf_loss = log_ratio.exp(), 0.5 * (new_values - micro["returns"]) ** 2
+        ratio = torch.exp(new_logprobs - logprobs)
         stats = {
-            "loss/policy_avg": (pg_loss * mask).sum(),
-            "loss/value_avg": (vf_loss * mask_p1).sum(),
-            "policy/approxkl_avg": (0.5 * log_ratio**2 * mask).sum(),
-            "policy/clipfrac_avg": ((pg_loss > -advantages * ratio) * mask).sum(),
-            "val/clipfrac_avg": ((vf_loss > unclipped_vf_loss) * mask_p1).sum(),
-            "val/ratio_avg": (ratio * mask).sum(),
-            "val/ratio_var": ((ratio - 1) ** 2 * mask).sum(),
+            "loss/policy_avg": (pg_loss * actions).sum(),
+            "loss/value_avg": (vf_loss * values).sum(),
+            "policy/approxkl_avg": (0.5 * (new_logprobs - logprobs) ** 2 * actions).sum(),
+            "policy/clipfrac_avg": ((pg_loss > -advantages * ratio) * actions).sum(),
+            "val/clipfrac_avg": ((vf_loss > 0.5 * (new_values - returns) ** 2) * values).sum(),
+            "val/ratio_avg": (ratio * actions).sum(),
+            "val/ratio_var": ((ratio - 1) ** 2 * actions).sum(),
         }
     return loss, stats
 
