@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def test_changed_code_does_not_read_the_old_cache(tokenizer, tmp_path, monkeypat
     first = load_rows(str(path), "train", tokenizer, 1)._fingerprint
     assert load_rows(str(path), "train", tokenizer, 1)._fingerprint == first
     edited = tmp_path / "data.py"
-    edited.write_text(open(data.__file__).read() + "# edited\n")
+    edited.write_text(Path(data.__file__).read_text() + "# edited\n")
     monkeypatch.setattr(data, "__file__", str(edited))
     assert load_rows(str(path), "train", tokenizer, 1)._fingerprint != first
 
@@ -118,7 +119,7 @@ def test_real_rows_have_the_known_lengths(real_tokenizer, tldr_sample):
         assert max(map(len, rows["query"])) <= 512 and max(len(r[0]) for r in rows["responses"]) <= 53
         assert all(tokenizer.decode(r[0]).startswith(" ") and r[0][-1] == 0 for r in rows["responses"])
     pairs = load_rows(f"{tldr_sample}/comparisons_{{split}}.jsonl", "train", tokenizer, 2, max_length=638)
-    raw = [json.loads(line) for line in open(f"{tldr_sample}/comparisons_train.jsonl")]
+    raw = [json.loads(line) for line in (tldr_sample / "comparisons_train.jsonl").read_text().splitlines()]
     for row, pair in list(zip(raw, pairs))[::50]:
         texts = [tokenizer.decode(ids) for ids in pair["responses"]]
         assert texts == [row["summaries"][row["choice"]]["text"], row["summaries"][1 - row["choice"]]["text"]]
