@@ -176,14 +176,13 @@ def chat_text(value):
 def split_prompt(row, keys):
     """The prompt and the responses of `keys`; an implicit prompt is what all share up to the last answer."""
     answer, texts = "\n\nAssistant:", [chat_text(row[key]) for key in keys]
-    if row.get("prompt") is None:
+    whole = any(isinstance(row[key], list) and len(row[key]) > 1 for key in keys)  # a chat that repeats its prompt
+    if row.get("prompt") is None or whole:
         shared = os.path.commonprefix(texts)
         cut = shared.rfind(answer) + len(answer) if answer in shared else max(shared.rfind(" "), 0)
         return shared[:cut], [text[cut:] for text in texts]
-    prompt = chat_text(row["prompt"])
-    if isinstance(row["prompt"], str):
-        return prompt, texts
-    return prompt + answer, [text.removeprefix(answer) for text in texts]
+    texts = [text if isinstance(row[key], str) else text.removeprefix(answer) for key, text in zip(keys, texts)]
+    return chat_text(row["prompt"]) + ("" if isinstance(row["prompt"], str) else answer), texts
 
 
 def parse_row(row, tokenizer, max_query_tokens):
@@ -324,10 +323,10 @@ def collate(queries, responses, device="cpu"):
     return tuple(x.to(device) for x in (ids, select.clamp(max=ids.shape[1] - 1), targets, mask))
 
 
-def up_to_last(queries, responses, device="cpu"):
-    """Rows of query and response ids -> ids (B, T) and the position (B, 1) of each row's last token."""
+def last_scalars(model, device, queries, responses):
+    """A ScalarModel's value (B,) at the last token of query + response: EOS, where there is one (detail 12)."""
     ids, lengths = pad_right([query + response for query, response in zip(queries, responses)])
-    return ids.to(device), lengths[:, None].to(device) - 1
+    return model(ids.to(device), lengths[:, None].to(device) - 1)[:, 0]
 
 
 def accuracy_table(rows, margins):

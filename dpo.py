@@ -102,6 +102,7 @@ def main(cfg):
         return
     tokenizer = Tokenizer.load(cfg.model)
     rows, held_out = runtime.load_splits(run, tokenizer, n_responses=2)
+    total = runtime.count_updates(run, len(rows))
     reference = runtime.load_model(run, GPTNeoX, cfg.reference or cfg.model)
     ref_logprobs = predict(run, cfg, reference, rows, tokenizer.n_vocab)  # (n, 2)
     ref_held_out = predict(run, cfg, reference, held_out, tokenizer.n_vocab) if held_out else None
@@ -109,7 +110,6 @@ def main(cfg):
     model = runtime.load_model(run, GPTNeoX, cfg.model, trainable=True)
     trained = nn.ModuleDict({"model": model})
     optimizer = runtime.make_optimizer(cfg, trained)
-    total = runtime.count_updates(run, len(rows))
     for step in run.steps(runtime.resume(run, trained, optimizer)["step"], total):
         index = batch_rows(len(rows), cfg.batch_size, step, cfg.seed)
         metrics = update(run, cfg, model, rows[index], ref_logprobs[index], tokenizer.n_vocab)

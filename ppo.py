@@ -9,16 +9,16 @@ The critic starts from the reward model (detail 22). Every random number depends
 
 Shapes: B rows, Q query, R response, T = Q + R, V vocabulary. Masks are True where a token counts.
 
-    column       0 .. Q-2   Q-1   Q   ..  e = EOS   e+1  ..
+    column       0 .. Q-2   Q-1   Q   ..  Q + last  Q + last + 1 ..
     ids          query      q     r0  ..  EOS       (nothing that counts)
-    logprobs     -          r0    r1  ..  -                    log p of the *next* token: rows Q-1 .. T-2
+    logprobs     -          r0    r1  ..  -                    log p of the *next* token: columns Q-1 .. T-2
     values       -          v0    v1  ..  v(EOS+1)             worth of the text so far, before the next token
     mask         r0 .. EOS: the policy's actions
     mask_p1      one more: the value after EOS. The score is paid there, one step after EOS, so that EOS itself
                  is credited through GAE; a response cut off without EOS is paid at its last token.
 
 differs from the reference step of arXiv:2403.17031:
-- Log-probabilities are recomputed by the forward pass that trains, in float32, not taken from generation.
+- Log-probabilities are recomputed by the forward pass that trains (the softmax in float32), not taken from generation.
 - Means are over all tokens of a minibatch on all processes, not per micro-batch, and whitening is over all
   processes: the result depends on neither.
 - Metrics leave out padding. `val/ratio` is that of the first minibatch, where it must be 1.
@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import runtime
-from configurator import configure
-from data import Tokenizer, batch_rows, collate, uniforms, up_to_last
+from configurator import UserError, configure
+from data import Tokenizer, batch_rows, collate, last_scalars, uniforms
 from model import GPTNeoX, ScalarModel, token_logprobs
 
 
@@ -156,15 +156,13 @@ class AdaptiveKLController:
 # ---------------------------------------------------------------------------- the rollout
 
 
-def model_scores(reward_model, device, queries, responses):
-    """Scores (B,): the reward model's scalar at the last token, which is EOS where there is one (detail 12)."""
-    return reward_model(*up_to_last(queries, responses, device))[:, 0]
-
-
 def function_scores(function, tokenizer, device, queries, responses):
     """Scores (B,) by a Python function of two lists of texts that returns a list of floats."""
     texts = [[tokenizer.decode(ids) for ids in rows] for rows in (queries, responses)]
-    return torch.tensor([float(score) for score in function(*texts)], device=device)
+    scores = [float(score) for score in function(*texts)]
+    if len(scores) != len(responses):
+        raise UserError(f"the score function gave {len(scores)} scores for {len(responses)} responses; return one each")
+    return torch.tensor(scores, device=device)
 
 
 def entropy(logits, temperature, n_vocab):
@@ -274,7 +272,7 @@ def ppo_loss(cfg, new_logprobs, new_values, micro, n_actions, n_values):
 
 
 def ppo_update(run, cfg, policy, critic, optimizer, queries, batch, step, total, n_vocab):
-    """n_epochs x n_minibatches optimizer steps on one batch; returns metrics, averaged over those steps."""
+    """n_epochs x n_minibatches optimizer steps on one batch; returns metrics: means over them, but for val/ratio."""
     lengths, n_steps = total_lengths(queries, batch["last"]), cfg.n_epochs * cfg.n_minibatches
     sums = {"val/ratio": 0.0}
     for epoch in range(cfg.n_epochs):
@@ -307,23 +305,25 @@ def write_samples(run, step, queries, batch, tokenizer, n=4):
 
 def main(cfg, score=None):
     """score: a function of (query texts, response texts) -> list of floats that replaces the reward model."""
+    if cfg.temperature <= 0:
+        raise UserError(f"temperature is {cfg.temperature}; PPO samples, so it must be above 0")
     run = runtime.start(cfg)
     if run is None:
         return
     tokenizer = Tokenizer.load(cfg.model)
     rows = runtime.load_splits(run, tokenizer, n_responses=0)[0]
+    total = runtime.count_updates(run, len(rows), cfg.n_minibatches)
     policy = runtime.load_model(run, GPTNeoX, cfg.model, trainable=True)
     reference = runtime.load_model(run, GPTNeoX, cfg.reference or cfg.model)
     if score is None:
         reward_model = runtime.load_model(run, ScalarModel, cfg.reward_model)
-        scorer = functools.partial(model_scores, reward_model, run.device)
+        scorer = functools.partial(last_scalars, reward_model, run.device)
     else:
         scorer = functools.partial(function_scores, score, tokenizer, run.device)
-    start = cfg.critic or (cfg.reward_model if score is None else "")
-    critic = runtime.load_model(run, ScalarModel, start or cfg.model, trainable=True, new_head=not start)
+    trained_head = cfg.critic or (cfg.reward_model if score is None else "")
+    critic = runtime.load_model(run, ScalarModel, trained_head or cfg.model, trainable=True, new_head=not trained_head)
     trained = nn.ModuleDict({"policy": policy, "critic": critic})
     optimizer = runtime.make_optimizer(cfg, trained)
-    total = runtime.count_updates(run, len(rows), cfg.n_minibatches)
     state = runtime.resume(run, trained, optimizer)
     kl_control = FixedKLController(state.get("kl_coef", cfg.kl_coef))
     if cfg.kl_target:

@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 rm.py config/rm_2.8b.py
 
 The reward of a response is the scalar at its EOS token (detail 12). After training, the mean reward of the
-SFT references is subtracted from the head's bias (detail 15): a pairwise loss leaves that bias where it was, and
-the critic that starts from this model inherits it. Writes out_dir/final and out_dir/eval.json.
+SFT references is subtracted from the head's bias (detail 15): a pairwise loss gives that bias no gradient (but
+rounding), and the critic that starts from this model inherits it. Writes out_dir/final and out_dir/eval.json.
 
 Shapes: B rows in a micro-batch, K responses per row (2 for pairs), the best first; T tokens.
 """
@@ -18,7 +18,7 @@ from torch import nn
 
 import runtime
 from configurator import configure
-from data import Tokenizer, accuracy_table, batch_rows, load_rows, up_to_last
+from data import Tokenizer, accuracy_table, batch_rows, last_scalars, load_rows
 from model import ScalarModel
 
 
@@ -50,8 +50,7 @@ def ranking_loss(rewards):
 def rewards_of(model, queries, responses, device):
     """Rewards (B, K) of the responses (B lists of K lists of ids) to queries (B lists), in one forward pass."""
     flat = [(query, response) for query, row in zip(queries, responses) for response in row]
-    ids, eos = up_to_last(*zip(*flat), device)  # (B * K, T), (B * K, 1)
-    return model(ids, eos).view(len(queries), -1)
+    return last_scalars(model, device, *zip(*flat)).view(len(queries), -1)
 
 
 def update(run, cfg, model, rows):
@@ -95,13 +94,13 @@ def main(cfg):
         return
     tokenizer = Tokenizer.load(cfg.model)
     rows, held_out = runtime.load_splits(run, tokenizer, n_responses=2)
+    total = runtime.count_updates(run, len(rows))
     with run.main_first():
         source, split = cfg.normalize_data, cfg.normalize_split
         references = source and load_rows(source, split, tokenizer, 1, max_query_tokens=cfg.max_query_tokens)
     model = runtime.load_model(run, ScalarModel, cfg.model, trainable=True, new_head=True)
     trained = nn.ModuleDict({"model": model})
     optimizer = runtime.make_optimizer(cfg, trained)
-    total = runtime.count_updates(run, len(rows))
     for step in run.steps(runtime.resume(run, trained, optimizer)["step"], total):
         metrics = update(run, cfg, model, rows[batch_rows(len(rows), cfg.batch_size, step, cfg.seed)])
         metrics |= runtime.optimizer_step(run, optimizer, step, total)

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,6 @@ class TrainConfig:
     seed: int = 44413  # decides the initial weights, the data order and every sampled token
     device: str = "auto"  # cpu, cuda, or auto: cuda if there is one
     dtype: str = "auto"  # compute: float32, bfloat16, or auto: bfloat16 on cuda; the masters are float32
-    data: str = ""  # hub id, directory, or a jsonl or parquet file with {split} in its path
     train_split: str = "train"
     eval_split: str = "validation"  # empty: no evaluation
     max_query_tokens: int = 512  # longer posts are cut (detail 2.2)
@@ -77,8 +77,9 @@ class Run:
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
             backend = "nccl" if kind == "cuda" else "gloo"
-            if "RANK" in os.environ:  # torchrun
-                dist.init_process_group(backend)
+            if "RANK" in os.environ:  # torchrun; all wait while rank 0 fetches and tokenises
+                device = self.device if kind == "cuda" else None
+                dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=device)
             else:
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -113,11 +114,10 @@ class Run:
         micro_batches = self.share(lengths, micro_batch_size)
         results = [function(index) for index in micro_batches]
         index = self._gather(torch.from_numpy(np.concatenate(micro_batches)).to(self.device))
+        first = np.unique(index.cpu().numpy(), return_index=True)[1]  # rows in order, each once
         rows = {}
         for name in results[0]:
-            values = self._gather(torch.cat([result[name] for result in results]))
-            rows[name] = values.new_empty(len(lengths), *values.shape[1:])
-            rows[name][index] = values
+            rows[name] = self._gather(torch.cat([result[name] for result in results]))[first]
         return rows
 
     def _gather(self, tensor):
@@ -194,7 +194,7 @@ def start(cfg):
 
 
 def load_splits(run, tokenizer, n_responses):
-    """The training and evaluation rows that the configuration names; None for an empty name."""
+    """The training and evaluation rows that the configuration names; "" for an empty name."""
     cfg = run.cfg
     limits = dict(max_length=cfg.max_length, max_query_tokens=cfg.max_query_tokens, drop_long=cfg.drop_long)
     with run.main_first():
@@ -330,7 +330,7 @@ def optimizer_step(run, optimizer, step, total_steps):
 
 
 def count_updates(run, n_rows, n_minibatches=1):
-    """The number of updates in the run; checks and prints once how a batch is divided."""
+    """The number of updates in the run; checks the schedule and how a batch is divided, and prints that once."""
     cfg, parts = run.cfg, n_minibatches * run.size
     if min(cfg.batch_size, cfg.micro_batch_size, n_minibatches) < 1 or cfg.batch_size % parts:
         raise UserError(
@@ -338,6 +338,7 @@ def count_updates(run, n_rows, n_minibatches=1):
             f"micro_batch_size {cfg.micro_batch_size} must be at least 1"
         )
     total, rows = (cfg.episodes or n_rows) // cfg.batch_size, cfg.batch_size // parts
+    learning_rate(0, total, cfg.lr, cfg.schedule)  # an unknown schedule is refused here
     if total < 1:
         raise UserError(f"{cfg.episodes or n_rows} rows are less than a batch of {cfg.batch_size}; lower batch_size")
     if run.is_main:
@@ -388,9 +389,10 @@ def resume(run, models, optimizer):
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = run.out_dir / name
             if path.exists():
-                rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-                path.unlink()
-                append_jsonl(path, [row for row in rows if row["step"] < scalars["step"]])
+                lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline is torn
+                kept = [line + "\n" for line in lines if json.loads(line)["step"] < scalars["step"]]
+                path.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
+                path.with_suffix(".tmp").replace(path)
         if found:
             print(f"resumed from {found[-1]}", flush=True)
     return scalars

@@ -1,6 +1,6 @@
 """Sample from a model and say how it does.
 
-    python sample.py --model=out/ppo_1b/final --prompt="SUBREDDIT: r/tifu ... TL;DR:"     # - reads stdin
+    python sample.py --model=out/ppo_1b/final --prompt=$'SUBREDDIT: r/tifu\n\nTITLE: ...\n\nTL;DR:'
     python sample.py config/toy_sample.py --model=out/toy/ppo/final --out_dir=out/toy/ppo/samples
     torchrun --nproc_per_node=8 sample.py --model=out/ppo_1b/final --reward_model=out/rm_1b/final --out_dir=out/samples
 
@@ -16,7 +16,7 @@ import numpy as np
 
 import runtime
 from configurator import UserError, configure
-from data import Tokenizer, collate, load_rows, uniforms, up_to_last
+from data import Tokenizer, collate, last_scalars, load_rows, uniforms
 from model import GPTNeoX, ScalarModel, token_logprobs, write_json
 
 
@@ -57,11 +57,6 @@ def measure(run, cfg, function, queries, responses):
     return run.map_rows(apply, lengths, cfg.micro_batch_size)["x"].tolist()
 
 
-def rewards(model, device, queries, responses):
-    """The reward model's scalar at each sequence's last token: (B,)."""
-    return model(*up_to_last(queries, responses, device))[:, 0]
-
-
 def log_ratio(model, reference, device, temperature, n_vocab, queries, responses):
     """log p - log p_reference, summed over each response: (B,); its mean over samples estimates the KL, in nats."""
     ids, select, targets, mask = collate(queries, responses, device)
@@ -97,7 +92,7 @@ def evaluate(run, cfg, model, tokenizer):
     if cfg.reward_model:
         reward_model = runtime.load_model(run, ScalarModel, cfg.reward_model)
         for name, texts in (("score", responses), ("reference_score", references)):
-            columns[name] = measure(run, cfg, functools.partial(rewards, reward_model, run.device), queries, texts)
+            columns[name] = measure(run, cfg, functools.partial(last_scalars, reward_model, run.device), queries, texts)
     if cfg.reference:
         anchor = runtime.load_model(run, GPTNeoX, cfg.reference)
         ratio = functools.partial(log_ratio, model, anchor, run.device, cfg.temperature, tokenizer.n_vocab)
@@ -111,13 +106,11 @@ def main(cfg):
     tokenizer = Tokenizer.load(cfg.model)
     model = runtime.load_model(run, GPTNeoX, cfg.model)
     if cfg.prompt:
-        for text in sys.stdin if cfg.prompt == "-" else [cfg.prompt]:
+        if run.size > 1:
+            raise UserError("a prompt is for one process; start it without torchrun")
+        for text in filter(str.strip, sys.stdin if cfg.prompt == "-" else [cfg.prompt]):
             ids = tokenizer.encode(text.rstrip("\n"))
-            if not ids:
-                raise UserError("the prompt is empty; give a text")
-            response = tokenizer.decode(sample(run, cfg, model, [ids] * run.size, tokenizer)[0])
-            if run.is_main:
-                print(response, flush=True)
+            print(tokenizer.decode(sample(run, cfg, model, [ids], tokenizer)[0]), flush=True)
     else:
         rows, summary = evaluate(run, cfg, model, tokenizer)
         if run.is_main:

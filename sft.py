@@ -92,6 +92,7 @@ def main(cfg):
         return
     tokenizer = Tokenizer.load(cfg.tokenizer or cfg.model)
     rows, held_out = runtime.load_splits(run, tokenizer, n_responses=1)
+    total = runtime.count_updates(run, len(rows))
     if held_out and cfg.eval_rows:
         held_out = held_out.select(range(min(cfg.eval_rows, len(held_out))))
     scratch = None
@@ -101,7 +102,6 @@ def main(cfg):
     model = runtime.load_model(run, GPTNeoX, cfg.model, trainable=True, scratch=scratch)
     trained = nn.ModuleDict({"model": model})
     optimizer = runtime.make_optimizer(cfg, trained)
-    total = runtime.count_updates(run, len(rows))
     for step in run.steps(runtime.resume(run, trained, optimizer)["step"], total):
         metrics = {}
         if held_out and cfg.eval_every and step % cfg.eval_every == 0:

@@ -135,7 +135,8 @@ CASES = {
         {"chosen": [{"content": "a"}], "rejected": [{"content": "b"}]}])), "'role'"),
     "longer than the model": (sft, lambda d: dict(data=write_rows(d / "x.jsonl", [{"prompt": "a " * 3000,
         "completion": " b"}] * 8), max_length=0, eval_split=""), "longer than the model's 2048"),
-    "greedy PPO": (ppo, lambda d: dict(temperature=-1.0), "temperature must not be negative"),
+    "greedy PPO": (ppo, lambda d: dict(temperature=-1.0), "temperature is -1.0"),
+    "PPO at temperature 0": (ppo, lambda d: dict(temperature=0.0), "temperature is 0.0"),
     "sampling from nothing": (sample, lambda d: dict(model=str(d / "nowhere")), "nowhere"),
     "other configuration": (sft, lambda d: (d / "sft").rename(d / "new") and None, "another configuration: .*new.*sft"),
 }  # fmt: skip

@@ -40,6 +40,12 @@ SCHEMAS = {
     "texts with a shared start": ({"chosen": "the cat sat", "rejected": "the cat ran"}, "the cat", [" sat", " ran"]),
     "chats": ({"chosen": [*CHAT, YES], "rejected": [*CHAT, NO]}, HUMAN, [" yes", " no"]),
     "chat prompt": ({"prompt": CHAT, "chosen": [YES], "rejected": [NO]}, HUMAN, [" yes", " no"]),
+    "chats that repeat a text prompt": ({"prompt": "hi", "chosen": [*CHAT, YES], "rejected": [*CHAT, NO]},
+                                        HUMAN, [" yes", " no"]),
+    "chats that repeat a chat prompt": ({"prompt": CHAT, "chosen": [*CHAT, YES], "rejected": [*CHAT, NO]},
+                                        HUMAN, [" yes", " no"]),
+    "text prompt and chat answers": ({"prompt": "say it:", "chosen": [YES], "rejected": [NO]},
+                                     "say it:", [" yes", " no"]),
     "chat completion": ({"prompt": CHAT, "completion": [YES]}, HUMAN, [" yes"]),
 }  # fmt: skip
 

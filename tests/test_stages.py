@@ -20,7 +20,7 @@ import runtime
 import sample
 import sft
 from configurator import UserError
-from data import Tokenizer, batch_rows, load_rows
+from data import Tokenizer, batch_rows, last_scalars, load_rows
 
 STAGES = ["sft", "rm", "ppo", "dpo"]
 
@@ -188,7 +188,7 @@ def test_rollout_matches_hub_models(pipeline, posts, cpu_run):
     critic, reward_model = (runtime.load_model(cpu_run, ppo.ScalarModel, str(pipeline.rm)) for _ in range(2))
 
     def score(queries, responses):
-        return ppo.model_scores(reward_model, cpu_run.device, queries, responses)
+        return last_scalars(reward_model, cpu_run.device, queries, responses)
 
     queries = posts[:16]["query"]
     batch = ppo.rollout(cpu_run, cfg, policy, reference, critic, score, queries, 3, tokenizer)
@@ -248,6 +248,12 @@ def test_score_function_replaces_the_reward_model(pipeline):
     row, texts = metrics(cfg)[0], [response for _, response in seen]
     ended = round(row["val/eos_rate"] * 8)
     assert ended * min(map(len, texts)) <= row["objective/scores"] * 8 + 3 * (8 - ended) <= ended * max(map(len, texts))
+
+
+def test_score_function_of_wrong_length_is_refused(pipeline):
+    with pytest.raises(UserError, match="gave 1 scores for 3 responses"):
+        ppo.main(pipeline.config(ppo, "ppo_short"), score=lambda queries, responses: [0.0])
+    torch.distributed.destroy_process_group()
 
 
 def test_adaptive_kl_moves_the_coefficient(pipeline):
