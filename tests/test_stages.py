@@ -353,6 +353,31 @@ def test_resume_is_bitwise(pipeline, name, monkeypatch):
     assert kept == ["step_2", "step_4"]
 
 
+def test_gradient_clipping_bounds_the_update(pipeline):
+    """A gradient of norm 1e-9 is lost in Adam's eps of 1e-5: the step is at most lr * 1e-4, plus weight decay."""
+    old = load_file(pipeline.sft / "model.safetensors")
+    moved = {}
+    for limit in (0.0, 1e-9):
+        cfg = pipeline.config(sft, f"sft_clip_{limit}", scratch=False, model=str(pipeline.sft), episodes=8,
+                              schedule="constant", max_grad_norm=limit, eval_split="")  # fmt: skip
+        sft.main(cfg)
+        new = load_file(Path(cfg.out_dir) / "final" / "model.safetensors")
+        moved[limit] = max((new[name] - old[name] * (1 - cfg.lr * cfg.weight_decay)).abs().max().item() for name in old)
+        assert metrics(cfg)[0]["grad_norm"] > 1e-3  # the norm reported is the one before clipping
+    assert moved[1e-9] < 5e-7 < 1e-4 < moved[0.0]  # 1e-7, and float32 rounding of weights of size 1
+
+
+def test_bfloat16_compute_keeps_float32_masters(pipeline):
+    cfg = pipeline.config(ppo, "ppo_bfloat16", episodes=8, dtype="bfloat16")
+    ppo.main(cfg)
+    row = metrics(cfg)[0]
+    assert row["objective/kl"] == 0.0  # policy and reference round alike
+    assert row["val/ratio"] == pytest.approx(1, abs=0.1)  # |log p| < 10 with 8 bits: 0.04 a token, averaged
+    weights = load_file(Path(cfg.out_dir) / "final" / "model.safetensors")
+    assert all(value.dtype == torch.float32 for value in weights.values())
+    assert any((value != value.bfloat16().float()).any() for value in weights.values())
+
+
 def test_finished_run_is_left_alone(pipeline, capsys):
     before = (pipeline.sft / "model.safetensors").stat().st_mtime_ns
     sft.main(pipeline.config(sft, "sft", episodes=320, lr=5e-3))
