@@ -15,6 +15,7 @@ so this is the same function as left padding.
 import json
 import math
 import os
+import re
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -29,7 +30,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from configurator import UserError, check
 
 # Masks and rotary tables that old Pythia files carry along; they hold nothing that was learned.
-BUFFERS = (".attention.bias", ".attention.masked_bias", ".attention.rotary_emb.inv_freq")
+BUFFERS = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
 
 
 @dataclass
@@ -375,7 +376,7 @@ def load_weights(model, directory, new_head=False):
     part = "gpt_neox." if new_head else ""
     files = {name: path for name, path in weight_files(directory).items() if name.startswith(part)}
     state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(part)}
-    found = {name for name in files if not name.endswith(BUFFERS)}
+    found = {name for name in files if not BUFFERS.fullmatch(name)}
     for problem, names in (("missing", state.keys() - found), ("unexpected", found - state.keys())):
         if names:
             some = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

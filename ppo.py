@@ -178,7 +178,7 @@ def model_inputs(queries, responses, last, device):
 
 
 def rollout(run, cfg, policy, reference, critic, score, queries, step, tokenizer):
-    """Sample a response to each of the batch's queries (B lists of ids), and look at it with every model.
+    """Sample a response to each of the batch's queries (B lists of ids), and measure it with every model.
 
     score(queries, responses) -> (rows,) gets lists of ids, the responses cut behind EOS.
     Returns a dict of tensors over the whole batch, the same on every rank: responses, sampled_logprobs, logprobs,
@@ -188,7 +188,7 @@ def rollout(run, cfg, policy, reference, critic, score, queries, step, tokenizer
     responses, sampled = runtime.generate_rows(run, policy, queries, draws, cfg.temperature, tokenizer, size)
     last = find_eos(responses, tokenizer.eos_id)[1]
 
-    def look(index):
+    def measure(index):
         prompts = [queries[i] for i in index]
         ids, select, targets = model_inputs(prompts, responses[index], last[index], run.device)
         logits, temperature, n_vocab = policy(ids, select), cfg.temperature, tokenizer.n_vocab
@@ -202,8 +202,8 @@ def rollout(run, cfg, policy, reference, critic, score, queries, step, tokenizer
         ended = [row[: end + 1] for row, end in zip(responses[index].tolist(), last[index].tolist())]
         return columns | {"scores": score(prompts, ended)}
 
-    seen = run.map_rows(look, total_lengths(queries, last), size)
-    return seen | dict(responses=responses, sampled_logprobs=sampled, last=last)
+    measured = run.map_rows(measure, total_lengths(queries, last), size)
+    return measured | dict(responses=responses, sampled_logprobs=sampled, last=last)
 
 
 def total_lengths(queries, last):
@@ -277,11 +277,12 @@ def ppo_update(run, cfg, policy, critic, optimizer, queries, batch, step, total,
     sums = {"val/ratio": 0.0}
     for epoch in range(cfg.n_epochs):
         order = np.random.default_rng((cfg.seed, step, epoch)).permutation(len(queries))
-        for number, rows in enumerate(np.split(order, cfg.n_minibatches)):
-            n_actions, n_values = batch["mask"][rows].sum(), batch["mask_p1"][rows].sum()
-            for index in run.share(lengths[rows], cfg.micro_batch_size):
-                micro = {name: x[rows[index]] for name, x in batch.items()}
-                prompts = [queries[i] for i in rows[index]]
+        for number, minibatch in enumerate(np.split(order, cfg.n_minibatches)):
+            n_actions, n_values = batch["mask"][minibatch].sum(), batch["mask_p1"][minibatch].sum()
+            for index in run.share(lengths[minibatch], cfg.micro_batch_size):
+                rows = minibatch[index]
+                micro = {name: x[rows] for name, x in batch.items()}
+                prompts = [queries[i] for i in rows]
                 ids, select, targets = model_inputs(prompts, micro["responses"], micro["last"], run.device)
                 micro = {name: x[:, : targets.shape[1]] if x.dim() == 2 else x for name, x in micro.items()}
                 new_logprobs = token_logprobs(policy(ids, select), targets, cfg.temperature, n_vocab)

@@ -46,7 +46,7 @@ def loss_weights(mask, reduction, n_rows, n_tokens):
     return mask / mask.sum(1, keepdim=True) / n_rows
 
 
-def inputs(rows, loss_on, device):
+def model_inputs(rows, loss_on, device):
     """Rows of a data set -> ids, select, targets, mask. The first token of all is never predicted."""
     pairs = [(query, responses[0]) for query, responses in zip(rows["query"], rows["responses"])]
     if loss_on == "all":
@@ -63,7 +63,7 @@ def update(run, cfg, model, rows):
     n_tokens, total = n_loss_tokens(rows, cfg.loss_on), 0.0
     for index in run.share(rows["length"], cfg.micro_batch_size):
         micro = {name: [column[i] for i in index] for name, column in rows.items()}
-        ids, select, targets, mask = inputs(micro, cfg.loss_on, run.device)
+        ids, select, targets, mask = model_inputs(micro, cfg.loss_on, run.device)
         logprobs = token_logprobs(model(ids, select), targets)  # (B, R)
         loss = -(logprobs * loss_weights(mask, cfg.reduction, cfg.batch_size, n_tokens)).sum()
         runtime.backward(run, loss)
@@ -75,7 +75,7 @@ def evaluate(run, cfg, model, rows):
     """Loss on held-out rows, reduced as in training."""
 
     def nll(index):
-        ids, select, targets, mask = inputs(rows[index], cfg.loss_on, run.device)
+        ids, select, targets, mask = model_inputs(rows[index], cfg.loss_on, run.device)
         return {"nll": -(token_logprobs(model(ids, select), targets) * mask).sum(1), "tokens": mask.sum(1)}
 
     nll, tokens = run.map_rows(nll, rows["length"], cfg.micro_batch_size).values()

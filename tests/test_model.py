@@ -254,7 +254,8 @@ def test_missing_tensor_is_named(name, tensors, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt_neox.layers.2.mlp.dense_4h_to_h.bias", "lm_head.weight", "score.weight"]
+    "name",
+    ["gpt_neox.layers.2.mlp.dense_4h_to_h.bias", "lm_head.weight", "score.weight", "gpt_neox.attention.bias"],
 )
 def test_unexpected_tensor_is_named(name, tensors, tmp_path):
     assert name in refusal(write_directory(tmp_path / "m", {**tensors, name: torch.ones(3)}))

@@ -34,7 +34,7 @@ def line(name, rows, kl):
     stats = gold.evaluate(rows)
     wins = f"{stats['win_rate']:6.1%}"
     score = f"{stats['gold_mean']:6.2f} ± {stats['gold_ci95']:4.2f}"
-    numbers = f"{mean(rows, 'score'):7.2f} {kl:6.2f} {mean(rows, 'tokens'):7.1f} {mean(rows, 'eos'):6.1%}"
+    numbers = f"{mean(rows, 'score'):7.2f} {kl:>6} {mean(rows, 'tokens'):7.1f} {mean(rows, 'eos'):6.1%}"
     return f"{name:10} {score:>14} {wins} {numbers}"
 
 
@@ -48,9 +48,9 @@ def main(directory):
         for row in rows["sft"]
     ]
     print(f"{len(references)} held-out posts\n{COLUMNS}")
-    print(line("reference", references, float("nan")))
+    print(line("reference", references, "-"))
     for name in rows:
-        print(line(name.upper(), rows[name], mean(rows[name], "kl")))
+        print(line(name.upper(), rows[name], f"{mean(rows[name], 'kl'):.2f}"))
     print("\nsamples:", *samples.values(), sep="\n  ")
     for name in rows:
         print(f"\n{name.upper()}: {rows[name][0]['response']}", end="")
