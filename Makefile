@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
 SEED   ?= 1
-OUT    ?= out/toy-$(SEED)
+OUT    ?= out/toy$(if $(filter-out 1,$(SEED)),-$(SEED))
 
 # threads that wait must sleep: spinning ones hold a core that another process needs, and all crawl
 export OMP_WAIT_POLICY = passive

@@ -1,7 +1,7 @@
 """From text to batches: the tokenizer, the query format, data sets, and which rows make up which step.
 
     tokenizer = Tokenizer.load("EleutherAI/pythia-160m")
-    rows = load_rows("vwxyzjn/summarize_from_feedback_tldr_3_filtered", "train", tokenizer)
+    rows = load_rows("vwxyzjn/summarize_from_feedback_tldr_3_filtered", "train", tokenizer, n_responses=1)
     rows[0]["query"], rows[0]["responses"]         # token ids; each response ends with EOS
 
 A row of any known schema becomes one query and its responses, the best first:
@@ -38,7 +38,7 @@ class Tokenizer:
     """Byte-level BPE from a hub `tokenizer.json`, run by tiktoken and equal to the `tokenizers` library.
 
     eos_id:  the id of <|endoftext|>.
-    n_vocab: ids 0 .. n_vocab - 1 have a text. A model's vocabulary is padded to a rounder number.
+    n_vocab: ids 0 .. n_vocab - 1 are the tokenizer's. A model's vocabulary is padded to a rounder number.
     pad_id:  n_vocab, an id of its own: with EOS as padding a model never learns to stop (detail 3).
     """
 
@@ -66,7 +66,7 @@ class Tokenizer:
         """source: a tokenizer.json, a directory that holds one, or a hub id."""
         if os.path.isfile(source):
             return cls(source)
-        return cls(os.path.join(find_model(source, revision), "tokenizer.json"))
+        return cls(os.path.join(find_model(source, revision, ["tokenizer.json"]), "tokenizer.json"))
 
     @staticmethod
     def _check(spec):
@@ -192,17 +192,16 @@ def parse_row(row, tokenizer, max_query_tokens):
         choice, pair = row["choice"], row["summaries"]
         if choice not in (0, 1) or len(pair) != 2:
             raise UserError(f"choice {choice!r} of {len(pair)} summaries; it must be 0 or 1, of two")
-        best, other = pair[choice], pair[1 - choice]
-        texts, source = [text_of(best, "text"), text_of(other, "text")], row["info"]
+        texts, source = [text_of(pair[which], "text") for which in (choice, 1 - choice)], row["info"]
         meta["confidence"] = int((row.get("extra") or {}).get("confidence") or 0)
         meta["policies"] = " / ".join(sorted(str(summary.get("policy") or "?") for summary in pair))
-    elif "chosen" in row:
+    elif "chosen" in row and "rejected" in row:
         source, texts = split_prompt(row, ["chosen", "rejected"])
     elif "prompt" in row:
         source, texts = split_prompt(row, ["completion"] if row.get("completion") is not None else [])
     else:
         # references come without the space that the text after "TL;DR:" begins with (detail 3)
-        source, texts = row, [" " + text_of(row, "summary").lstrip(" ")] if "summary" in row else []
+        source, texts = row, [" " + text_of(row, "summary").lstrip(" ")] if row.get("summary") is not None else []
     if isinstance(source, dict):
         limit = max_query_tokens if source.get("post") is not None else max(max_query_tokens, MAX_ARTICLE_TOKENS)
         query = format_query(source, tokenizer, limit)
@@ -222,7 +221,7 @@ def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_t
 
     source: a jsonl or parquet file (`{split}` in its path is replaced), or a directory or hub id that
             `datasets` can load.
-    n_responses: how many responses each row needs (SFT 1, preferences 2); with 0 responses are not read (PPO).
+    n_responses: how many responses of each row are needed and kept, the best first (PPO 0, SFT 1, preferences 2).
     max_length: the longest query + response allowed, 0 for any. Longer rows are an error, or with drop_long left out.
     Raises UserError for missing files, columns or rows, naming them.
     """
@@ -236,10 +235,10 @@ def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_t
     def tokenise(row, index):
         try:
             parsed = parse_row(dict(row), tokenizer, max_query_tokens)
-            parsed["responses"] = parsed["responses"] if n_responses else []
+            parsed["responses"] = parsed["responses"][:n_responses]
             if not parsed["query"] or len(parsed["responses"]) < n_responses:
                 found = f"{len(parsed['query'])} query tokens and {len(parsed['responses'])} responses"
-                raise UserError(f"{found}, but a query and {n_responses} are needed; is it the right kind of data?")
+                raise UserError(f"{found}, but a query and {n_responses} are needed; correct or drop the row")
             longest = max(map(len, parsed["responses"]), default=0)
             return {**parsed, "length": len(parsed["query"]) + longest}
         except UserError as error:

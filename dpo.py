@@ -4,7 +4,8 @@
     torchrun --nproc_per_node=8 dpo.py config/dpo_2.8b.py
 
 The reference never changes, so its log-probabilities are computed once, before the first update.
-Writes out_dir/final and out_dir/eval.json, the accuracy of the implicit reward beta * log(policy / reference).
+Writes out_dir/final and, if there is an eval_split, out_dir/eval.json: the accuracy of the implicit reward
+beta * log(policy / reference).
 
 Shapes: B pairs in a micro-batch, R response tokens.
 """
@@ -62,7 +63,7 @@ def pair_logprobs(model, queries, responses, n_vocab, device):
 
     One pass and not two, since a sharded model gathers its parameters once for each.
     """
-    flat = [response for row in responses for response in row[:2]]
+    flat = [response for row in responses for response in row]
     ids, select, targets, mask = collate([query for query in queries for _ in range(2)], flat, device)
     logprobs = token_logprobs(model(ids, select), targets, n_vocab=n_vocab)  # (2 B, R)
     return (logprobs * mask).sum(1).view(-1, 2)
@@ -96,6 +97,7 @@ def update(run, cfg, model, rows, ref_logprobs, n_vocab):
 
 
 def main(cfg):
+    runtime.positive(cfg, "beta")
     dpo_loss(*torch.zeros(4, 1), cfg.beta, cfg.loss_type, cfg.label_smoothing)  # a wrong setting is refused here
     run = runtime.start(cfg)
     if run is None:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, fields
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -247,30 +248,21 @@ class Pretrained(nn.Module):
         With sharded parameters every rank must call this: tensors are gathered one file at a time, rank 0 writes.
         """
         state = self.state_dict()
-        shards, size = [[]], 0
-        for name, tensor in state.items():
-            if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-                shards, size = [*shards, []], 0
-            shards[-1].append(name)
-            size += tensor.nbytes
+        like = {name: torch.empty(x.shape, dtype=x.dtype, device="meta") for name, x in state.items()}
+        plan = split_torch_state_dict_into_shards(like, max_shard_size=max_shard_bytes)
         writes = not dist.is_initialized() or dist.get_rank() == 0
         if writes:
             os.makedirs(directory, exist_ok=True)
-        weight_map = {}
-        for number, names in enumerate(shards, start=1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-            tensors = {name: full(state[name]).cpu().contiguous() for name in names}
-            weight_map.update(dict.fromkeys(names, file))
-            if writes:
-                save_file(tensors, os.path.join(directory, file), metadata={"format": "pt"})
-        if writes:
-            dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+            dtype = str(next(iter(like.values())).dtype).removeprefix("torch.")
             meta = dict(architectures=[self.architecture], model_type="gpt_neox", torch_dtype=dtype)
             write_json(os.path.join(directory, "config.json"), {**meta, **asdict(self.config)})
-            if len(shards) > 1:
-                total = {"total_size": sum(tensor.nbytes for tensor in state.values())}
-                index = os.path.join(directory, "model.safetensors.index.json")
-                write_json(index, {"metadata": total, "weight_map": weight_map})
+            if plan.is_sharded:
+                index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+                write_json(os.path.join(directory, "model.safetensors.index.json"), index)
+        for file, names in plan.filename_to_tensors.items():
+            tensors = {name: full(state[name]).cpu().contiguous() for name in names}
+            if writes:
+                save_file(tensors, os.path.join(directory, file), metadata={"format": "pt"})
 
 
 class GPTNeoX(Pretrained):
@@ -334,14 +326,12 @@ def init_weights(model, seed=None, only=""):
 # ---------------------------------------------------------------------------- files
 
 
-def find_model(source, revision="main"):
-    """A directory as it is; anything else is a hub id, whose JSON and safetensors files are fetched."""
+def find_model(source, revision="main", patterns=("*.json", "*.safetensors")):
+    """A directory as it is; anything else is a hub id, whose files that fit `patterns` are fetched."""
     if os.path.isdir(source):
         return source
     try:
-        from huggingface_hub import snapshot_download
-
-        return snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors"])
+        return snapshot_download(source, revision=revision, allow_patterns=list(patterns))
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"model {source!r}: neither a directory nor to be had from the hub ({reason})") from None

@@ -182,11 +182,11 @@ def rollout(run, cfg, policy, reference, critic, score, queries, step, tokenizer
 
     score(queries, responses) -> (rows,) gets lists of ids, the responses cut behind EOS.
     Returns a dict of tensors over the whole batch, the same on every rank: responses, sampled_logprobs, logprobs,
-    ref_logprobs, values and entropy (B, R), scores and last (B,).
+    ref_logprobs, values and entropy (B, R), scores, has_eos and last (B,).
     """
     draws, size = uniforms((len(queries), cfg.response_length), cfg.seed, step), cfg.rollout_micro_batch_size
     responses, sampled = runtime.generate_rows(run, policy, queries, draws, cfg.temperature, tokenizer, size)
-    last = find_eos(responses, tokenizer.eos_id)[1]
+    has_eos, last = find_eos(responses, tokenizer.eos_id)
 
     def measure(index):
         prompts = [queries[i] for i in index]
@@ -203,25 +203,25 @@ def rollout(run, cfg, policy, reference, critic, score, queries, step, tokenizer
         return columns | {"scores": score(prompts, ended)}
 
     measured = run.map_rows(measure, total_lengths(queries, last), size)
-    return measured | dict(responses=responses, sampled_logprobs=sampled, last=last)
+    return measured | dict(responses=responses, sampled_logprobs=sampled, has_eos=has_eos, last=last)
 
 
 def total_lengths(queries, last):
     return np.array([len(query) for query in queries]) + last.cpu().numpy()
 
 
-def prepare(cfg, batch, kl_coef, eos_id):
+def prepare(cfg, batch, kl_coef):
     """Add to a rollout's tensors what the update needs: masks, rewards, advantages (whitened) and returns."""
-    has_eos, last = find_eos(batch["responses"], eos_id)
+    last = batch["last"]
     columns = torch.arange(cfg.response_length, device=last.device)
     mask, mask_p1 = columns <= last[:, None], columns <= last[:, None] + 1
-    scores = batch["scores"].where(has_eos, cfg.missing_eos_score)
+    scores = batch["scores"].where(batch["has_eos"], cfg.missing_eos_score)
     logprobs, ref_logprobs, values = batch["logprobs"], batch["ref_logprobs"], batch["values"] * mask_p1
     rewards, kl = shape_rewards(logprobs, ref_logprobs, scores, last, mask, kl_coef, cfg.whiten_rewards)
     advantages = gae(rewards, values, cfg.gamma, cfg.lam)
     returns, advantages = advantages + values, whiten(advantages, mask)
-    new = dict(mask=mask, mask_p1=mask_p1, scores=scores, has_eos=has_eos, rewards=rewards, kl=kl)
-    return batch | new | dict(values=values, returns=returns, advantages=advantages)
+    new = dict(mask=mask, mask_p1=mask_p1, scores=scores, rewards=rewards, kl=kl, values=values)
+    return batch | new | dict(returns=returns, advantages=advantages)
 
 
 def rollout_metrics(batch, kl_coef):
@@ -272,7 +272,9 @@ def ppo_loss(cfg, new_logprobs, new_values, micro, n_actions, n_values):
 
 
 def ppo_update(run, cfg, policy, critic, optimizer, queries, batch, step, total, n_vocab):
-    """n_epochs x n_minibatches optimizer steps on one batch; returns metrics: means over them, but for val/ratio."""
+    """n_epochs x n_minibatches optimizer steps on one batch; returns metrics: means over them, but for val/ratio,
+    lr and grad_norm (the last step's).
+    """
     lengths, n_steps = total_lengths(queries, batch["last"]), cfg.n_epochs * cfg.n_minibatches
     sums = {"val/ratio": 0.0}
     for epoch in range(cfg.n_epochs):
@@ -305,9 +307,12 @@ def write_samples(run, step, queries, batch, tokenizer, n=4):
 
 
 def main(cfg, score=None):
-    """score: a function of (query texts, response texts) -> list of floats that replaces the reward model."""
-    if cfg.temperature <= 0:
-        raise UserError(f"temperature is {cfg.temperature}; PPO samples, so it must be above 0")
+    """score: a function of (query texts, response texts) -> list of floats that replaces the reward model.
+
+    As with a reward model, a response without EOS scores missing_eos_score instead.
+    """
+    counts = ("n_minibatches", "n_epochs", "response_length", "rollout_micro_batch_size", "kl_horizon")
+    runtime.positive(cfg, "temperature", *counts)
     run = runtime.start(cfg)
     if run is None:
         return
@@ -332,7 +337,7 @@ def main(cfg, score=None):
     for step in run.steps(state["step"], total):
         queries = rows[batch_rows(len(rows), cfg.batch_size, step, cfg.seed)]["query"]
         batch = rollout(run, cfg, policy, reference, critic, scorer, queries, step, tokenizer)
-        batch = prepare(cfg, batch, kl_control.value, tokenizer.eos_id)
+        batch = prepare(cfg, batch, kl_control.value)
         metrics = {"episode": (step + 1) * cfg.batch_size} | rollout_metrics(batch, kl_control.value)
         metrics |= ppo_update(run, cfg, policy, critic, optimizer, queries, batch, step, total, tokenizer.n_vocab)
         kl_control.update(metrics["objective/kl"], cfg.batch_size)

@@ -107,7 +107,8 @@ def main(cfg):
         metrics |= runtime.optimizer_step(run, optimizer, step, total)
         run.log(step, metrics, watch=("loss/rm", "train/accuracy"))
         runtime.save_checkpoint(run, step + 1, trained, optimizer)
-    metrics, table = normalize(run, cfg, model, references) if references else {}, {}
+    metrics = normalize(run, cfg, model, references) if references else {}
+    table = {}
     if held_out:
         rewards = predict(run, cfg, model, held_out)
         table = accuracy_table(held_out, rewards[:, 0] - rewards[:, 1])

@@ -38,7 +38,7 @@ class TrainConfig:
     seed: int = 44413  # decides the initial weights, the data order and every sampled token
     device: str = "auto"  # cpu, cuda, or auto: cuda if there is one
     dtype: str = "auto"  # compute: float32, bfloat16, or auto: bfloat16 on cuda; the masters are float32
-    train_split: str = "train"
+    train_split: str = "train"  # the rows to train on
     eval_split: str = "validation"  # empty: no evaluation
     max_query_tokens: int = 512  # longer posts are cut (detail 2.2)
     max_length: int = 0  # tokens of query + response; a longer row is an error; 0: any
@@ -49,9 +49,9 @@ class TrainConfig:
     lr: float = 3e-6  # peak learning rate
     schedule: str = "cosine"  # of the learning rate: cosine or linear to 0, or constant
     warmup_steps: int = 0  # updates over which it rises to its peak
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-5
+    adam_beta1: float = 0.9  # decay of the gradient's mean
+    adam_beta2: float = 0.999  # decay of the squared gradient's mean
+    adam_eps: float = 1e-5  # added to the root of the latter
     weight_decay: float = 0.01  # decoupled, on all parameters
     max_grad_norm: float = 0.0  # clip the gradient's global norm; 0: do not clip
     save_every: int = 0  # updates between resumable checkpoints; 0: none, only the final model
@@ -166,40 +166,55 @@ class Run:
 def start(cfg):
     """Join the process group and open cfg.out_dir. Returns a Run, or None if the run is complete already."""
     run = Run(cfg)
-    config, values = run.out_dir / "config.json", asdict(cfg)
-    if config.exists():
-        was = read_json(config)
-        changed = [key for key in values if was.get(key) != values[key]]
-        if changed:
-            named = ", ".join(f"{key} ({was.get(key)!r} -> {values[key]!r})" for key in changed)
-            raise UserError(f"{run.out_dir} holds a run with another configuration: {named}; choose another out_dir")
+    open_directory(run)
     if (run.out_dir / "final").exists():
         if run.is_main:
             print(f"{run.out_dir}/final is there already; to train again, choose another out_dir")
         run.close()
         return None
+    if run.is_main and cfg.wandb:
+        import wandb
+
+        run.wandb = wandb.init(project=cfg.wandb, name=run.out_dir.name, config=asdict(cfg))
+    return run
+
+
+def open_directory(run):
+    """Print the resolved configuration, and write it to out_dir/config.json.
+
+    Raises UserError if a run with another configuration has begun there.
+    """
+    values = asdict(run.cfg)
+    if any((run.out_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "final")):
+        was = read_json(run.out_dir / "config.json")
+        changed = [key for key in values if was.get(key) != values[key]]
+        if changed:
+            named = ", ".join(f"{key} ({was.get(key)!r} -> {values[key]!r})" for key in changed)
+            raise UserError(f"{run.out_dir} holds a run with another configuration: {named}; choose another out_dir")
     dist.barrier()
     if run.is_main:
         print("\n".join(f"{key} = {value!r}" for key, value in values.items()), flush=True)
         try:
             run.out_dir.mkdir(parents=True, exist_ok=True)
-            write_json(config, values)
+            write_json(run.out_dir / "config.json", values)
         except OSError as error:
             raise UserError(f"out_dir {run.out_dir}: cannot be written ({error.strerror}); choose another") from None
-        if cfg.wandb:
-            import wandb
 
-            run.wandb = wandb.init(project=cfg.wandb, name=run.out_dir.name, config=values)
-    return run
+
+def positive(cfg, *names):
+    """Raise UserError unless these fields are above 0."""
+    for name in names:
+        if getattr(cfg, name) <= 0:
+            raise UserError(f"{name} is {getattr(cfg, name)}; it must be above 0")
 
 
 def load_splits(run, tokenizer, n_responses):
-    """The training and evaluation rows that the configuration names; "" for an empty name."""
+    """The training rows, and the evaluation rows, which are "" if eval_split is."""
     cfg = run.cfg
     limits = dict(max_length=cfg.max_length, max_query_tokens=cfg.max_query_tokens, drop_long=cfg.drop_long)
     with run.main_first():
-        return [split and load_rows(cfg.data, split, tokenizer, n_responses, **limits)
-                for split in (cfg.train_split, cfg.eval_split)]  # fmt: skip
+        rows = load_rows(cfg.data, cfg.train_split, tokenizer, n_responses, **limits)
+        return rows, cfg.eval_split and load_rows(cfg.data, cfg.eval_split, tokenizer, n_responses, **limits)
 
 
 def report(run, step, metrics, table):
@@ -332,11 +347,10 @@ def optimizer_step(run, optimizer, step, total_steps):
 def count_updates(run, n_rows, n_minibatches=1):
     """The number of updates in the run; checks the schedule and how a batch is divided, and prints that once."""
     cfg, parts = run.cfg, n_minibatches * run.size
-    if min(cfg.batch_size, cfg.micro_batch_size, n_minibatches) < 1 or cfg.batch_size % parts:
-        raise UserError(
-            f"batch_size {cfg.batch_size} must divide by {n_minibatches} minibatches x {run.size} processes, and "
-            f"micro_batch_size {cfg.micro_batch_size} must be at least 1"
-        )
+    positive(cfg, "batch_size", "micro_batch_size")
+    if cfg.batch_size % parts:
+        across = f"{n_minibatches} minibatches x {run.size} processes"
+        raise UserError(f"batch_size {cfg.batch_size} does not divide by {across}; make it a multiple of {parts}")
     total, rows = (cfg.episodes or n_rows) // cfg.batch_size, cfg.batch_size // parts
     learning_rate(0, total, cfg.lr, cfg.schedule)  # an unknown schedule is refused here
     if total < 1:

@@ -5,12 +5,13 @@
     torchrun --nproc_per_node=8 sample.py --model=out/ppo_1b/final --reward_model=out/rm_1b/final --out_dir=out/samples
 
 Over a split it prints one table and writes out_dir/samples.jsonl (query, response, reference, tokens, eos, score,
-reference_score, kl) and out_dir/summary.json. The rows sampled and the tokens drawn depend on `seed` alone.
+reference_score, kl), out_dir/config.json and out_dir/summary.json. The tokens drawn depend on `seed` alone. ROUGE
+is there if the rouge-score package is.
 """
 
 import functools
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,9 +26,9 @@ class Config:
     model: str = "out/ppo_1b/final"  # what to sample from: hub id or directory
     reward_model: str = ""  # scores responses and references, if given
     reference: str = ""  # KL is measured to this model, if given
-    prompt: str = ""  # a text to continue as it stands, or - for one per line of stdin; empty: use data
+    prompt: str = ""  # a text to continue as it stands, or - for those that stdin has, one per line; empty: use data
     data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # hub id, directory or file with {split}
-    split: str = "validation"
+    split: str = "validation"  # the rows to sample for
     n_rows: int = 0  # sample for the first so many rows; 0: all
     max_query_tokens: int = 512  # longer posts are cut (detail 2.2)
     response_length: int = 53  # tokens sampled at most
@@ -39,9 +40,12 @@ class Config:
     dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 on cuda
 
 
-def sample(run, cfg, model, queries, tokenizer):
-    """Responses to queries (lists of ids): lists of ids that end with EOS, unless cut off at response_length."""
-    draws = uniforms((len(queries), cfg.response_length), cfg.seed)
+def sample(run, cfg, model, queries, tokenizer, *key):
+    """Responses to queries (lists of ids): lists of ids that end with EOS, unless cut off at response_length.
+
+    key: numbers that, with cfg.seed, decide the tokens drawn.
+    """
+    draws = uniforms((len(queries), cfg.response_length), cfg.seed, *key)
     size, temperature = cfg.micro_batch_size, cfg.temperature
     rows = runtime.generate_rows(run, model, queries, draws, temperature, tokenizer, size)[0].tolist()
     return [row[: row.index(tokenizer.eos_id) + 1] if tokenizer.eos_id in row else row for row in rows]
@@ -58,7 +62,10 @@ def measure(run, cfg, function, queries, responses):
 
 
 def log_ratio(model, reference, device, temperature, n_vocab, queries, responses):
-    """log p - log p_reference, summed over each response: (B,); its mean over samples estimates the KL, in nats."""
+    """log p - log p_reference, summed over each response: (B,); its mean over samples estimates the KL, in nats.
+
+    Greedy responses (temperature 0) are no samples: theirs is the log-ratio at temperature 1.
+    """
     ids, select, targets, mask = collate(queries, responses, device)
     ours, theirs = (token_logprobs(m(ids, select), targets, temperature or 1.0, n_vocab) for m in (model, reference))
     return ((ours - theirs) * mask).sum(1)
@@ -102,24 +109,27 @@ def evaluate(run, cfg, model, tokenizer):
 
 
 def main(cfg):
+    runtime.positive(cfg, "response_length", "micro_batch_size")
     run = runtime.Run(cfg)
+    if cfg.out_dir and not cfg.prompt:
+        runtime.open_directory(run)
     tokenizer = Tokenizer.load(cfg.model)
     model = runtime.load_model(run, GPTNeoX, cfg.model)
     if cfg.prompt:
         if run.size > 1:
             raise UserError("a prompt is for one process; start it without torchrun")
-        for text in filter(str.strip, sys.stdin if cfg.prompt == "-" else [cfg.prompt]):
-            ids = tokenizer.encode(text.rstrip("\n"))
-            print(tokenizer.decode(sample(run, cfg, model, [ids], tokenizer)[0]), flush=True)
+        texts = (line.rstrip("\n") for line in sys.stdin) if cfg.prompt == "-" else [cfg.prompt]
+        for number, text in enumerate(filter(str.strip, texts)):
+            response = sample(run, cfg, model, [tokenizer.encode(text)], tokenizer, number)[0]
+            print(tokenizer.decode(response), flush=True)
     else:
         rows, summary = evaluate(run, cfg, model, tokenizer)
         if run.is_main:
             print("\n".join(f"{name:18} {value:10.4f}" for name, value in summary.items()))
             if cfg.out_dir:
-                run.out_dir.mkdir(parents=True, exist_ok=True)
                 (run.out_dir / "samples.jsonl").unlink(missing_ok=True)
                 runtime.append_jsonl(run.out_dir / "samples.jsonl", rows)
-                write_json(run.out_dir / "summary.json", {**summary, "config": asdict(cfg)})
+                write_json(run.out_dir / "summary.json", summary)
                 print(f"wrote {run.out_dir}/samples.jsonl")
     run.close()
 

@@ -33,10 +33,10 @@ class Config(runtime.TrainConfig):
     reduction: str = "sequence"  # sequence: mean over rows of each row's mean, as the reference; token: over all tokens
     tokenizer: str = ""  # hub id, directory or tokenizer.json; empty: the model's
     scratch: bool = False  # random weights, of the shape below, instead of `model`
-    hidden_size: int = 128
-    num_hidden_layers: int = 6
-    num_attention_heads: int = 4
-    vocab_size: int = 0  # 0: the tokenizer's, rounded up to a multiple of 128
+    hidden_size: int = 128  # width, with `scratch`
+    num_hidden_layers: int = 6  # blocks, with `scratch`
+    num_attention_heads: int = 4  # heads in each block, with `scratch`
+    vocab_size: int = 0  # embeddings, with `scratch`; 0: the tokenizer's, rounded up to a multiple of 128
 
 
 def loss_weights(mask, reduction, n_rows, n_tokens):
@@ -93,11 +93,13 @@ def main(cfg):
     tokenizer = Tokenizer.load(cfg.tokenizer or cfg.model)
     rows, held_out = runtime.load_splits(run, tokenizer, n_responses=1)
     total = runtime.count_updates(run, len(rows))
-    if held_out and cfg.eval_rows:
+    if held_out and cfg.eval_rows > 0:
         held_out = held_out.select(range(min(cfg.eval_rows, len(held_out))))
     scratch = None
     if cfg.scratch:
         vocab_size = cfg.vocab_size or -(-tokenizer.n_vocab // 128) * 128
+        if vocab_size < tokenizer.n_vocab:
+            raise UserError(f"vocab_size {vocab_size} is less than the tokenizer's {tokenizer.n_vocab}; use 0")
         scratch = GPTNeoXConfig(vocab_size, cfg.hidden_size, cfg.num_hidden_layers, cfg.num_attention_heads)
     model = runtime.load_model(run, GPTNeoX, cfg.model, trainable=True, scratch=scratch)
     trained = nn.ModuleDict({"model": model})

@@ -5,6 +5,7 @@ _out = os.environ.get("TOY_OUT", "out/toy")
 model = f"{_out}/sft/final"
 data = _out + "/data/comparisons_{split}.jsonl"
 out_dir = f"{_out}/dpo"
+seed = 1
 batch_size = 32
 micro_batch_size = 32
 episodes = 150 * 32

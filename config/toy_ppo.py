@@ -6,6 +6,7 @@ model = f"{_out}/sft/final"
 reward_model = f"{_out}/rm/final"
 data = _out + "/data/sft_{split}.jsonl"
 out_dir = f"{_out}/ppo"
+seed = 1
 episodes = 36 * 64
 batch_size = 64
 micro_batch_size = 64

@@ -6,6 +6,7 @@ model = f"{_out}/sft/final"
 data = _out + "/data/comparisons_{split}.jsonl"
 normalize_data = _out + "/data/sft_{split}.jsonl"
 out_dir = f"{_out}/rm"
+seed = 1
 episodes = 500 * 32
 batch_size = 32
 micro_batch_size = 32

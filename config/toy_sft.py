@@ -1,10 +1,11 @@
-# python toy/make_data.py out/toy/data && python sft.py config/toy_sft.py
+# python toy/make_data.py out/toy/data --seed=1 && python sft.py config/toy_sft.py
 import os
 
 _out = os.environ.get("TOY_OUT", "out/toy")
 tokenizer = f"{_out}/data"
 data = _out + "/data/sft_{split}.jsonl"
 out_dir = f"{_out}/sft"
+seed = 1
 scratch = True  # a model of 1.0 million parameters
 hidden_size = 128
 num_hidden_layers = 4

@@ -80,6 +80,32 @@ def test_schema_gives_query_and_responses(name, kind, tokenizer, tmp_path):
         assert parsed["policies"] == "a / b"
 
 
+def test_pairs_serve_as_demonstrations(tokenizer, toy):
+    """SFT on comparisons keeps the chosen response alone, and its length."""
+    pairs, chosen = (load_rows(f"{toy}/comparisons_{{split}}.jsonl", "train", tokenizer, n) for n in (2, 1))
+    for pair, row in zip(pairs, chosen, strict=True):
+        assert row["responses"] == pair["responses"][:1]
+        assert row["length"] == len(pair["query"]) + len(pair["responses"][0])
+
+
+def test_queries_need_no_summary(tokenizer, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({**POST, "summary": text}) + "\n" for text in ("a cat", None)))
+    assert [row["responses"] for row in load_rows(str(path), "train", tokenizer)] == [[], []]
+
+
+def test_tokenizer_of_a_hub_id_fetches_no_weights(toy, monkeypatch):
+    asked = []
+
+    def fetch(source, revision, allow_patterns):
+        asked.append((source, revision, allow_patterns))
+        return str(toy)
+
+    monkeypatch.setattr("model.snapshot_download", fetch)
+    assert Tokenizer.load("some/model", "step3").eos_id == 0
+    assert asked == [("some/model", "step3", ["tokenizer.json"])]
+
+
 def test_directory_loads_as_a_data_set(tokenizer, tmp_path):
     """A directory in the hub's layout: data/train-00000-of-00001.parquet."""
     import datasets

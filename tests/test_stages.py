@@ -1,6 +1,7 @@
 """Every stage really trains, on tiny models; independent oracles recompute what it reports."""
 
 import importlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -215,8 +216,9 @@ def test_prepare_matches_the_reference_step():
         values=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6],
     )  # fmt: skip
     batch = {name: torch.tensor([values, values]) for name, values in row.items()}
-    batch |= dict(responses=torch.tensor([[5, 5, 5, 0, 0, 0], [5] * 6]), scores=torch.tensor([1.0, 7.0]))
-    out = ppo.prepare(cfg, batch, 0.05, eos_id=0)
+    has_eos, last = ppo.find_eos(torch.tensor([[5, 5, 5, 0, 0, 0], [5] * 6]), eos_id=0)
+    batch |= dict(has_eos=has_eos, last=last, scores=torch.tensor([1.0, 7.0]))
+    out = ppo.prepare(cfg, batch, 0.05)
     expected = dict(
         rewards=[[-0.01, 0.005, 0.025, -0.005, 1, 0], [-0.01, 0.005, 0.025, -0.005, 0.05, -1.05]],
         returns=[[0.891266, 0.938175, 0.9665, 0.97, 1.0, 0],
@@ -295,6 +297,23 @@ def test_sample_reports_what_its_rows_say(pipeline, ppo_run):
 
     scores = [RougeScorer(["rouge2"]).score(row["reference"], row["response"])["rouge2"].fmeasure for row in rows]
     assert summary["rouge2"] == pytest.approx(np.mean(scores))
+
+
+def test_sample_draws_anew_for_each_line_of_stdin(pipeline, capsys, monkeypatch):
+    lines = ["SUBREDDIT: r/pets"] * 4 + [""]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    sample.main(pipeline.config(sample, "unused", prompt="-", temperature=1.0, response_length=10))
+    answers = capsys.readouterr().out.split("\n")[:-1]
+    assert len(answers) == 4 and len(set(answers)) > 1  # 40 draws from a nearly untrained model
+
+
+def test_a_run_that_never_began_can_be_started_with_other_settings(pipeline):
+    with pytest.raises(UserError, match="typo_train"):
+        sft.main(pipeline.config(sft, "mended", data="typo_{split}.jsonl"))
+    torch.distributed.destroy_process_group()
+    cfg = pipeline.config(sft, "mended")
+    sft.main(cfg)
+    assert json.loads((Path(cfg.out_dir) / "config.json").read_text())["data"] == cfg.data
 
 
 def test_sample_continues_a_prompt(pipeline, capsys):
