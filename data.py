@@ -201,7 +201,7 @@ def parse_row(row, tokenizer, max_query_tokens):
         source, texts = split_prompt(row, ["completion"] if row.get("completion") is not None else [])
     else:
         # references come without the space that the text after "TL;DR:" begins with (detail 3)
-        source, texts = row, [" " + text_of(row, "summary").lstrip(" ")] if row.get("summary") is not None else []
+        source, texts = row, [" " + text_of(row, "summary").lstrip(" ")] if "summary" in row else []
     if isinstance(source, dict):
         limit = max_query_tokens if source.get("post") is not None else max(max_query_tokens, MAX_ARTICLE_TOKENS)
         query = format_query(source, tokenizer, limit)
@@ -234,13 +234,13 @@ def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_t
 
     def tokenise(row, index):
         try:
-            parsed = parse_row(dict(row), tokenizer, max_query_tokens)
+            used = {key: value for key, value in row.items() if n_responses or key != "summary"}
+            parsed = parse_row(used, tokenizer, max_query_tokens)
             parsed["responses"] = parsed["responses"][:n_responses]
             if not parsed["query"] or len(parsed["responses"]) < n_responses:
                 found = f"{len(parsed['query'])} query tokens and {len(parsed['responses'])} responses"
                 raise UserError(f"{found}, but a query and {n_responses} are needed; correct or drop the row")
-            longest = max(map(len, parsed["responses"]), default=0)
-            return {**parsed, "length": len(parsed["query"]) + longest}
+            return {**parsed, "length": len(parsed["query"]) + max(map(len, parsed["responses"]), default=0)}
         except UserError as error:
             raise UserError(f"{name}: row {index}: {error}") from None
 

@@ -121,7 +121,7 @@ CASES = {
     "broken json": (sft, lambda d: (d / "data/sft_train.jsonl").write_text('{"post": ') and None, "sft_train.jsonl"),
     "unknown columns": (sft, lambda d: dict(data=write_rows(d / "x.jsonl", [{"text": "a"}])), "columns text"),
     "no summary": (sft, lambda d: dict(data=write_rows(d / "x.jsonl", [{**POST, "summary": None}] * 8)),
-                   "row 0: .* 0 responses, but a query and 1"),
+                   "row 0.*'summary' is None"),
     "half a pair": (rm, lambda d: dict(data=write_rows(d / "x.jsonl", [{"prompt": "a", "chosen": " b"}])),
                     "row 0: .* 0 responses, but a query and 2"),
     "posts instead of pairs": (rm, lambda d: dict(data=str(d / "data/sft_{split}.jsonl")),
