@@ -16,6 +16,7 @@ import math
 import re
 import sys
 from types import ModuleType
+from typing import get_args
 
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
@@ -31,7 +32,7 @@ class UserError(SystemExit):
 def configure(Config, argv=None):
     """Build `Config` from its defaults, then config files, then --key=value.
 
-    Config: a dataclass whose fields are int, float, bool or str.
+    Config: a dataclass whose fields are int, float, bool, str, or a Literal of some texts.
     argv:   arguments; None means sys.argv[1:]. `--flag` alone means True; `--help` prints the fields and exits.
     Raises UserError for an unknown key, a wrong type or an unreadable file.
     """
@@ -88,28 +89,27 @@ def parse(field, text):
     if field.type is bool and (text is None or text.lower() in TRUE + FALSE):
         return text is None or text.lower() in TRUE
     if text is None:
-        raise UserError(f"--{field.name} needs a value: --{field.name}=<{field.type.__name__}>")
-    if field.type is str:
-        return text
+        raise UserError(f"--{field.name} needs a value, for example --{field.name}={field.default}")
     try:
-        return check(field, {int: int, float: float}[field.type](text))
-    except (ValueError, KeyError):
-        raise UserError(
-            f"--{field.name}={text}: '{field.name}' takes {field.type.__name__}, got str; "
-            f"write for example --{field.name}={field.default}"
-        ) from None
+        value = {int: int, float: float}.get(field.type, str)(text)
+    except ValueError:
+        value = text  # of the wrong type
+    return check(field, value)
 
 
 def check(field, value, where="command line"):
     """Return `value` if it has the field's type (an int is accepted for a float); else raise UserError."""
-    if field.type is float and type(value) is int and abs(value) < 2**63:
+    choices = get_args(field.type)
+    kind = str if choices else field.type
+    if kind is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
-    if type(value) is not field.type or (field.type is float and not math.isfinite(value)):
-        kind = f"{'finite ' if field.type is float else ''}{field.type.__name__}"
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise UserError(
-            f"{where}: '{field.name}' takes {kind}, got {type(value).__name__} ({value!r}); "
-            f"write for example {field.name} = {field.default!r}"
+            f"{where}: '{field.name}' takes {'finite ' * (kind is float)}{kind.__name__}, got "
+            f"{type(value).__name__} ({value!r}); write for example {field.name} = {field.default!r}"
         )
+    if choices and value not in choices:
+        raise UserError(f"{where}: '{field.name}' is {value!r}; use one of {', '.join(choices)}")
     return value
 
 

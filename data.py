@@ -10,8 +10,10 @@ A row of any known schema becomes one query and its responses, the best first:
     {info, summaries, choice}                        two: the chosen summary and the other
     {prompt, [completion]}                           one, if there is a completion
     {[prompt], chosen, rejected}                     two; without a prompt it is what both transcripts share
+    {prompt, responses}                              two or more, ranked, the best first
 
-A prompt or response may also be a chat: a list of {role, content}.
+A prompt or response may also be a chat: a list of {role, content}. A preference may carry `target`, the probability
+that its first response is the better one (0.5 is a tie).
 """
 
 import bisect
@@ -187,7 +189,10 @@ def split_prompt(row, keys):
 
 def parse_row(row, tokenizer, max_query_tokens):
     """One row of any schema -> query ids, responses (the best first, each ends with EOS), and where it came from."""
-    meta = dict(batch=str(row.get("batch") or ""), confidence=0, policies="")
+    target = 1.0 if row.get("target") is None else row["target"]
+    if not isinstance(target, (int, float)) or not 0 <= target <= 1:
+        raise UserError(f"target {target!r}; it is the probability that the first response is the better one")
+    meta = dict(batch=str(row.get("batch") or ""), confidence=0, policies="", target=max(target, 1 - target))
     if "summaries" in row:
         choice, pair = row["choice"], row["summaries"]
         if choice not in (0, 1) or len(pair) != 2:
@@ -195,6 +200,9 @@ def parse_row(row, tokenizer, max_query_tokens):
         texts, source = [text_of(pair[which], "text") for which in (choice, 1 - choice)], row["info"]
         meta["confidence"] = int((row.get("extra") or {}).get("confidence") or 0)
         meta["policies"] = " / ".join(sorted(str(summary.get("policy") or "?") for summary in pair))
+    elif "responses" in row:
+        ranked = dict(enumerate(row["responses"]))
+        source, texts = split_prompt({**row, **ranked}, list(ranked))
     elif "chosen" in row and "rejected" in row:
         source, texts = split_prompt(row, ["chosen", "rejected"])
     elif "prompt" in row:
@@ -207,21 +215,23 @@ def parse_row(row, tokenizer, max_query_tokens):
         query = format_query(source, tokenizer, limit)
     else:
         query = tokenizer.encode(source)
-    responses = [tokenizer.encode(text) + [tokenizer.eos_id] for text in texts]
+    responses = [tokenizer.encode(text) + [tokenizer.eos_id] for text in (texts if target >= 0.5 else texts[::-1])]
     return dict(query=query, responses=responses, **meta)
 
 
 # ---------------------------------------------------------------------------- data sets
 
-SCHEMAS = ["info summaries choice", "chosen rejected", "prompt", "subreddit title post", "article"]
+SCHEMAS = ["info summaries choice", "responses", "chosen rejected", "prompt", "subreddit title post", "article"]
 
 
-def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_tokens=512, drop_long=False):
+def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_tokens=512, drop_long=False,
+              ranked=False):  # fmt: skip
     """Tokenise a split once (`datasets` caches the result): columns query, responses, length, batch, ...
 
     source: a jsonl or parquet file (`{split}` in its path is replaced), or a directory or hub id that
             `datasets` can load.
     n_responses: how many responses of each row are needed and kept, the best first (PPO 0, SFT 1, preferences 2).
+    ranked: keep all responses of a row that has more.
     max_length: the longest query + response allowed, 0 for any. Longer rows are an error, or with drop_long left out.
     Raises UserError for missing files, columns or rows, naming them.
     """
@@ -236,7 +246,7 @@ def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_t
         try:
             used = {key: value for key, value in row.items() if n_responses or key != "summary"}
             parsed = parse_row(used, tokenizer, max_query_tokens)
-            parsed["responses"] = parsed["responses"][:n_responses]
+            parsed["responses"] = parsed["responses"][: None if ranked else n_responses]
             if not parsed["query"] or len(parsed["responses"]) < n_responses:
                 found = f"{len(parsed['query'])} query tokens and {len(parsed['responses'])} responses"
                 raise UserError(f"{found}, but a query and {n_responses} are needed; correct or drop the row")
@@ -245,7 +255,7 @@ def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_t
             raise UserError(f"{name}: row {index}: {error}") from None
 
     # the code is part of the key: a changed format must not read an old cache
-    key = hashlib.sha256(repr((raw._fingerprint, max_query_tokens, n_responses)).encode())
+    key = hashlib.sha256(repr((raw._fingerprint, max_query_tokens, n_responses, ranked)).encode())
     for path in (__file__, tokenizer.path):
         with open(path, "rb") as file:
             key.update(file.read())
@@ -322,25 +332,29 @@ def collate(queries, responses, device="cpu"):
     return tuple(x.to(device) for x in (ids, select.clamp(max=ids.shape[1] - 1), targets, mask))
 
 
-def last_scalars(model, device, queries, responses):
-    """A ScalarModel's value (B,) at the last token of query + response: EOS, where there is one (detail 12)."""
+def last_scalars(models, device, queries, responses):
+    """Values (B,) at the last token of query + response: EOS, where there is one (detail 12); their mean over `models`."""
     ids, lengths = pad_right([query + response for query, response in zip(queries, responses)])
-    return model(ids.to(device), lengths[:, None].to(device) - 1)[:, 0]
+    return sum(model(ids.to(device), lengths[:, None].to(device) - 1)[:, 0] for model in models) / len(models)
 
 
 def accuracy_table(rows, margins):
-    """How often the better response has the higher score: overall and by batch, confidence and pair of policies.
+    """How often the better response has the higher score: overall and by batch, confidence, policies and margin.
 
     rows: a data set of pairs. margins (n,): score of the chosen minus score of the rejected response.
-    Confidence is symmetric about 5, so |c - 5| is its strength (detail 6). Returns {group: {"accuracy", "n"}}.
+    Confidence is symmetric about 5, so |c - 5| is its strength (detail 6). Returns {group: {"accuracy", "expected",
+    "n"}}: expected is the accuracy that the margins promise, the mean of sigmoid(|margin|). Ties are left out.
     """
-    right = np.asarray(margins.cpu()) > 0
+    margins = np.asarray(margins.cpu(), dtype=np.float64)
     confidence = [abs(c - 5) if c else "" for c in rows["confidence"]]
-    columns = {"batch": rows["batch"], "|confidence - 5|": confidence, "policies": rows["policies"]}
-    table = {"all": {"accuracy": float(right.mean()), "n": len(right)}}
-    for title, column in columns.items():
+    bins = [f"{low:4.1f}" for low in np.floor(2 * np.abs(margins)) / 2]
+    columns = {"batch": rows["batch"], "|confidence - 5|": confidence, "policies": rows["policies"], "margin >=": bins}
+    table, untied = {}, np.asarray(rows["target"]) != 0.5
+    for title, column in {"all": [" "] * len(margins), **columns}.items():
         groups = np.array([str(value) for value in column])
-        for group in sorted(set(groups) - {""}):
-            chosen = right[groups == group]
-            table[f"{title} {group}"] = {"accuracy": float(chosen.mean()), "n": len(chosen)}
+        for group in sorted(set(groups[untied]) - {""}):
+            chosen = margins[(groups == group) & untied]
+            expected = 1 / (1 + np.exp(-np.abs(chosen)))
+            row = dict(accuracy=float((chosen > 0).mean()), expected=float(expected.mean()), n=len(chosen))
+            table[f"{title} {group}".strip()] = row
     return table

@@ -11,14 +11,14 @@ Shapes: B pairs in a micro-batch, R response tokens.
 """
 
 from dataclasses import dataclass
+from math import log
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import runtime
 from configurator import UserError, configure
-from data import Tokenizer, accuracy_table, batch_rows, collate
+from data import accuracy_table, collate
 from model import GPTNeoX, token_logprobs
 
 
@@ -30,99 +30,113 @@ class Config(runtime.TrainConfig):
     batch_size: int = 64  # pairs per update, over all processes
     max_length: int = 638  # tokens of query + response; a longer row is an error; 0: any
     beta: float = 0.05  # strength of the pull towards the reference
-    loss_type: str = "sigmoid"  # sigmoid, hinge or ipo
-    label_smoothing: float = 0.0  # probability that a label is wrong (cDPO); with sigmoid alone
+    loss_type: str = "sigmoid"  # one of those that dpo_loss lists
+    label_smoothing: float = 0.0  # probability that a label is wrong: sigmoid, robust and exo_pair
+    sft_coef: float = 0.0  # weight of an added SFT loss, per token of the chosen responses
+    reference_mix: float = 0.0  # share of the policy that the reference takes over (arXiv:2404.09656: 0.6); 0: none
+    reference_every: int = 512  # updates between that
+
+
+SMOOTHED = ("sigmoid", "robust", "exo_pair")
 
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, loss_type="sigmoid",
-             label_smoothing=0.0):  # fmt: skip
+             label_smoothing=0.0, lengths=None):  # fmt: skip
     """Losses (B,) and implicit rewards (B,), (B,) from summed log-probabilities (B,) of the responses.
 
-    sigmoid: -log s(beta D), D = log-ratio of chosen - log-ratio of rejected (arXiv:2305.18290 eq. 7); with label
-    smoothing e: -(1 - e) log s(beta D) - e log s(-beta D). hinge: max(0, 1 - beta D) (arXiv:2305.10425).
-    ipo: (D - 1 / (2 beta))^2 (arXiv:2310.12036 eq. 17).
+    c, r: log-ratio, policy to reference, of the chosen and the rejected response; D = c - r; e: label_smoothing;
+    s, ls: the sigmoid and its logarithm. lengths (B, 2): the responses' tokens, for ipo_norm.
+    Raises UserError for an unknown loss_type and for a label_smoothing that it has no use for.
     """
-    if label_smoothing and loss_type != "sigmoid":
-        raise UserError(f"label_smoothing does nothing with loss_type {loss_type!r}; set it to 0 or use sigmoid")
-    chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
-    margin = chosen - rejected
-    if loss_type == "sigmoid":
-        right, wrong = F.logsigmoid(beta * margin), F.logsigmoid(-beta * margin)
-        losses = -(1 - label_smoothing) * right - label_smoothing * wrong
-    elif loss_type == "hinge":
-        losses = F.relu(1 - beta * margin)
-    elif loss_type == "ipo":
-        losses = (margin - 1 / (2 * beta)) ** 2
-    else:
-        raise UserError(f"loss_type {loss_type!r} is not known; use one of sigmoid, hinge, ipo")
-    return losses, beta * chosen, beta * rejected
+    c, r, b, e = policy_chosen - ref_chosen, policy_rejected - ref_rejected, beta, label_smoothing
+    D, s, ls = c - r, torch.sigmoid, F.logsigmoid
+    losses = {
+        "sigmoid": lambda: -(1 - e) * ls(b * D) - e * ls(-b * D),  # arXiv:2305.18290 eq. 7; with e: cDPO
+        "robust": lambda: (-(1 - e) * ls(b * D) + e * ls(-b * D)) / (1 - 2 * e),  # arXiv:2403.00409
+        "exo_pair": lambda: s(b * D) * (ls(b * D) - log(1 - e)) + s(-b * D) * (ls(-b * D) - log(e)),  # arXiv:2402.00856
+        "hinge": lambda: F.relu(1 - b * D),  # arXiv:2305.10425
+        "ipo": lambda: (D - 1 / (2 * b)) ** 2,  # arXiv:2310.12036 eq. 17
+        "ipo_norm": lambda: (c / lengths[:, 0] - r / lengths[:, 1] - 1 / (2 * b)) ** 2,
+        "nca_pair": lambda: -ls(b * c) - 0.5 * ls(-b * c) - 0.5 * ls(-b * r),  # arXiv:2402.05369
+        "bco_pair": lambda: -ls(b * c) - ls(-b * r),  # arXiv:2404.04656, without its moving shift
+        "sppo_hard": lambda: (c - 0.5 / b) ** 2 + (r + 0.5 / b) ** 2,  # arXiv:2405.00675
+        "apo_zero": lambda: 1 - s(b * c) + s(b * r),  # arXiv:2408.06266
+        "apo_down": lambda: s(b * c) + 1 - s(b * D),
+        "discopop": lambda: torch.lerp(-ls(b * D), torch.exp(-b * D), s(b * D / 0.05)),  # arXiv:2406.08414
+    }
+    if loss_type not in losses:
+        raise UserError(f"loss_type {loss_type!r} is not known; use one of {', '.join(losses)}")
+    if not 0 <= e < 0.5 or (e > 0 and loss_type not in SMOOTHED) or (e == 0 and loss_type == "exo_pair"):
+        use = f"{', '.join(SMOOTHED)} take one below 0.5, exo_pair one above 0, the others 0"
+        raise UserError(f"label_smoothing {e} does not go with loss_type {loss_type!r}: {use}")
+    return losses[loss_type](), beta * c, beta * r
 
 
-def pair_logprobs(model, queries, responses, n_vocab, device):
+def pair_logprobs(model, rows, n_vocab, device):
     """Summed log-probabilities (B, 2) of the chosen and rejected responses (EOS included), in one forward pass.
 
     One pass and not two, since a sharded model gathers its parameters once for each.
     """
-    flat = [response for row in responses for response in row]
-    ids, select, targets, mask = collate([query for query in queries for _ in range(2)], flat, device)
+    flat = [response for row in rows["responses"] for response in row]
+    ids, select, targets, mask = collate([query for query in rows["query"] for _ in range(2)], flat, device)
     logprobs = token_logprobs(model(ids, select), targets, n_vocab=n_vocab)  # (2 B, R)
-    return (logprobs * mask).sum(1).view(-1, 2)
+    return (logprobs * mask).sum(1).view(-1, 2), mask.sum(1).view(-1, 2)
 
 
-def predict(run, cfg, model, rows, n_vocab):
+def predict(run, cfg, model, rows):
     """Summed log-probabilities (n, 2) of every pair of a data set, on every rank."""
 
     def logprobs(index):
-        micro = rows[index]
-        return {"logprobs": pair_logprobs(model, micro["query"], micro["responses"], n_vocab, run.device)}
+        return pair_logprobs(model, rows[index], run.tokenizer.n_vocab, run.device)[0]
 
-    return run.map_rows(logprobs, rows["length"], cfg.micro_batch_size)["logprobs"]
+    return run.map_rows(logprobs, rows["length"], cfg.micro_batch_size)
 
 
-def update(run, cfg, model, rows, ref_logprobs, n_vocab):
+def update(run, cfg, model, rows, ref_logprobs):
     """Accumulate the gradient of the batch `rows` with ref_logprobs (batch, 2); returns the batch's metrics."""
     names = ("loss/dpo", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected")
-    totals = dict.fromkeys(names, 0.0)
+    parts, n_tokens = [], sum(len(chosen) for chosen, _ in rows["responses"])
     for index in run.share(rows["length"], cfg.micro_batch_size):
-        queries, responses = ([rows[name][i] for i in index] for name in ("query", "responses"))
-        logprobs = pair_logprobs(model, queries, responses, n_vocab, run.device)  # (B, 2)
-        losses, chosen, rejected = dpo_loss(
-            *logprobs.unbind(1), *ref_logprobs[index].unbind(1), cfg.beta, cfg.loss_type, cfg.label_smoothing
-        )
-        runtime.backward(run, losses.sum() / cfg.batch_size)
-        for name, values in zip(names, (losses, chosen, rejected, chosen > rejected, *logprobs.unbind(1))):
-            totals[name] += values.detach().sum() / cfg.batch_size
-    metrics = run.sum(totals)
+        logprobs, lengths = pair_logprobs(model, rows[index], run.tokenizer.n_vocab, run.device)  # (B, 2)
+        pairs = (*logprobs.unbind(1), *ref_logprobs[index].unbind(1))
+        losses, chosen, rejected = dpo_loss(*pairs, cfg.beta, cfg.loss_type, cfg.label_smoothing, lengths)
+        loss = losses.sum() / cfg.batch_size
+        if cfg.sft_coef:
+            loss = loss - cfg.sft_coef * logprobs[:, 0].sum() / n_tokens
+        runtime.backward(run, loss)
+        values = (losses, chosen, rejected, chosen > rejected, *logprobs.unbind(1))
+        parts.append({name: value.sum() / cfg.batch_size for name, value in zip(names, values)})
+    metrics = run.sum(parts)
     return metrics | {"rewards/margins": metrics["rewards/chosen"] - metrics["rewards/rejected"]}
 
 
 def main(cfg):
-    runtime.positive(cfg, "beta")
-    dpo_loss(*torch.zeros(4, 1), cfg.beta, cfg.loss_type, cfg.label_smoothing)  # a wrong setting is refused here
-    run = runtime.start(cfg)
+    runtime.positive(cfg, "beta", "reference_every")
+    dpo_loss(*torch.zeros(4, 1), cfg.beta, cfg.loss_type, cfg.label_smoothing, torch.ones(1, 2))  # refuses wrong ones
+    run = runtime.start(cfg, n_responses=2)
     if run is None:
         return
-    tokenizer = Tokenizer.load(cfg.model)
-    rows, held_out = runtime.load_splits(run, tokenizer, n_responses=2)
-    total = runtime.count_updates(run, len(rows))
-    reference = runtime.load_model(run, GPTNeoX, cfg.reference or cfg.model)
-    ref_logprobs = predict(run, cfg, reference, rows, tokenizer.n_vocab)  # (n, 2)
-    ref_held_out = predict(run, cfg, reference, held_out, tokenizer.n_vocab) if held_out else None
+    if min(run.rows["target"]) < 1:
+        raise UserError(f"{cfg.data}: has soft labels (column target), which DPO does not use; use label_smoothing")
+    moving = cfg.reference_mix > 0  # float32, or small steps would be lost
+    reference = runtime.load_model(run, GPTNeoX, cfg.reference or cfg.model, moving).requires_grad_(False)
+    ref_logprobs = predict(run, cfg, reference, run.rows)  # (n, 2)
+    ref_held_out = predict(run, cfg, reference, run.held_out) if run.held_out else None
+    frozen = {"reference": reference} if moving else {}
     del reference
     model = runtime.load_model(run, GPTNeoX, cfg.model, trainable=True)
-    trained = nn.ModuleDict({"model": model})
-    optimizer = runtime.make_optimizer(cfg, trained)
-    for step in run.steps(runtime.resume(run, trained, optimizer)["step"], total):
-        index = batch_rows(len(rows), cfg.batch_size, step, cfg.seed)
-        metrics = update(run, cfg, model, rows[index], ref_logprobs[index], tokenizer.n_vocab)
-        metrics |= runtime.optimizer_step(run, optimizer, step, total)
-        run.log(step, metrics, watch=("loss/dpo", "rewards/accuracies"))
-        runtime.save_checkpoint(run, step + 1, trained, optimizer)
-    if held_out:
-        ratios = predict(run, cfg, model, held_out, tokenizer.n_vocab) - ref_held_out  # (n, 2)
-        table = accuracy_table(held_out, ratios[:, 0] - ratios[:, 1])
-        runtime.report(run, total, {"eval/accuracy": table["all"]["accuracy"]}, table)
-    runtime.export(run, model, tokenizer)
+    for step in run.train({"model": model, **frozen}):
+        index, rows = run.batch(), run.rows.select(run.batch())
+        ref = predict(run, cfg, frozen["reference"], rows) if moving else ref_logprobs[index]
+        metrics = update(run, cfg, model, rows, ref)
+        run.log(metrics | runtime.optimizer_step(run), watch=("loss/dpo", "rewards/accuracies"))
+        if moving and (step + 1) % cfg.reference_every == 0:
+            runtime.mix(frozen["reference"], model, cfg.reference_mix)
+    if run.held_out:
+        ratios = predict(run, cfg, model, run.held_out) - ref_held_out  # (n, 2)
+        table = accuracy_table(run.held_out, ratios[:, 0] - ratios[:, 1])
+        runtime.report(run, {"eval/accuracy": table["all"]["accuracy"]}, table)
+    runtime.export(run, model)
     run.close()
 
 

@@ -7,18 +7,22 @@ The reward of a response is the scalar at its EOS token (detail 12). After train
 SFT references is subtracted from the head's bias (detail 15): a pairwise loss gives that bias no gradient (but
 rounding), and the critic that starts from this model inherits it. Writes out_dir/final and out_dir/eval.json.
 
+A row may rank more than two responses (arXiv:2203.02155: all its pairs make one element of the loss), or carry the
+probability that its first response is the better one. An ensemble is several runs with --bootstrap --normalize_std
+and other seeds; ppo.py and sample.py average the models that are given as --reward_model=a,b,c.
+
 Shapes: B rows in a micro-batch, K responses per row (2 for pairs), the best first; T tokens.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import runtime
 from configurator import configure
-from data import Tokenizer, accuracy_table, batch_rows, last_scalars, load_rows
+from data import accuracy_table, collate, last_scalars
 from model import ScalarModel
 
 
@@ -30,91 +34,135 @@ class Config(runtime.TrainConfig):
     max_length: int = 638  # tokens of query + response; a longer row is an error; 0: any
     normalize_data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # references that get mean reward 0
     normalize_split: str = "train"
+    normalize_std: bool = False  # give them standard deviation 1 too, before and after training (arXiv:1909.08593)
+    target_clamp: float = 0.0  # keep target probabilities within 0.5 -+ this (arXiv:2212.08073: 0.1); 0: as they are
+    label_noise: float = 0.0  # share of labels that are the toss of a coin (arXiv:1706.03741: 0.1)
+    bootstrap: bool = False  # train on as many rows drawn with replacement: a member of an ensemble
 
 
-def preference_loss(chosen, rejected, target=1.0):
-    """Bradley-Terry loss -(p log s(d) + (1 - p) log s(-d)) of rewards (B,), with d = chosen - rejected; returns (B,).
+def preference_loss(chosen, rejected, target=1.0, noise=0.0):
+    """Bradley-Terry loss -(p log P(d) + (1 - p) log P(-d)) of rewards (B,), with d = chosen - rejected; returns (B,).
 
-    target: the probability p that `chosen` is the better one; 0.5 is a tie. (arXiv:1706.03741; arXiv:2403.17031)
+    target: the probability p that `chosen` is the better one; 0.5 is a tie. P is the sigmoid; noise: the probability
+    that the labeller tosses a coin, P = (1 - noise) sigmoid + noise / 2. (arXiv:1706.03741 section 2.2.3)
     """
+
+    def log_p(d):
+        return torch.log((1 - noise) * torch.sigmoid(d) + noise / 2) if noise else F.logsigmoid(d)
+
     margin = chosen - rejected
-    return -(target * F.logsigmoid(margin) + (1 - target) * F.logsigmoid(-margin))
+    return -(target * log_p(margin) + (1 - target) * log_p(-margin))
 
 
-def ranking_loss(rewards):
-    """Mean over all pairs of K ranked responses, rewards (B, K) best first; returns (B,). (arXiv:2203.02155 eq. 1)"""
+def ranking_loss(rewards, target=1.0, counts=None, noise=0.0):
+    """Mean over all pairs of K ranked responses, rewards (B, K) best first; returns (B,). (arXiv:2203.02155 eq. 1)
+
+    target: a number or (B, 1). counts (B,): how many of a row's K are real, if rows rank different numbers.
+    """
     better, worse = torch.triu_indices(rewards.shape[1], rewards.shape[1], offset=1)
-    return preference_loss(rewards[:, better], rewards[:, worse]).mean(1)
+    losses = preference_loss(rewards[:, better], rewards[:, worse], target, noise)
+    if counts is None:
+        return losses.mean(1)
+    real = worse < counts[:, None]
+    return (losses * real).sum(1) / real.sum(1)
 
 
-def rewards_of(model, queries, responses, device):
-    """Rewards (B, K) of the responses (B lists of K lists of ids) to queries (B lists), in one forward pass."""
-    flat = [(query, response) for query, row in zip(queries, responses) for response in row]
-    return last_scalars(model, device, *zip(*flat)).view(len(queries), -1)
+def row_losses(cfg, rewards, rows):
+    """Losses (B,) of rows (a dict of columns) with rewards (B, K)."""
+    target, counts = torch.tensor(rows["target"]), torch.tensor([len(row) for row in rows["responses"]])
+    if cfg.target_clamp:
+        target = target.clamp(0.5 - cfg.target_clamp, 0.5 + cfg.target_clamp)
+    target, counts = target.float()[:, None].to(rewards.device), counts.to(rewards.device)
+    return ranking_loss(rewards, target, counts, cfg.label_noise)
+
+
+def rewards_of(model, rows, width, device):
+    """Rewards (B, K = width) of the rows' responses in one forward pass; 0 where a row has fewer."""
+    flat = [(query, response) for query, row in zip(rows["query"], rows["responses"]) for response in row]
+    rewards = last_scalars([model], device, *zip(*flat)).split([len(row) for row in rows["responses"]])
+    return torch.stack([F.pad(row, (0, width - len(row))) for row in rewards])
 
 
 def update(run, cfg, model, rows):
-    """Accumulate the gradient of the batch `rows`; returns the batch's loss, accuracy and mean margin."""
-    totals = {"loss/rm": 0.0, "train/accuracy": 0.0, "train/margin": 0.0}
+    """Accumulate the gradient of the batch `rows`; returns its loss, and accuracy and mean margin of best against worst."""
+    parts = []
     for index in run.share(rows["length"], cfg.micro_batch_size):
-        queries, responses = ([rows[name][i] for i in index] for name in ("query", "responses"))
-        rewards = rewards_of(model, queries, responses, run.device)  # (B, K)
-        loss = ranking_loss(rewards).sum() / cfg.batch_size
+        micro = rows[index]
+        counts = [len(row) for row in micro["responses"]]
+        rewards = rewards_of(model, micro, max(counts), run.device)  # (B, K)
+        loss = row_losses(cfg, rewards, micro).sum() / cfg.batch_size
         runtime.backward(run, loss)
-        margin = (rewards[:, 0] - rewards[:, -1]).detach()
-        totals["loss/rm"] += loss.detach()
-        totals["train/accuracy"] += (margin > 0).sum() / cfg.batch_size
-        totals["train/margin"] += margin.sum() / cfg.batch_size
-    return run.sum(totals)
+        margin = rewards[:, 0] - rewards[range(len(counts)), [count - 1 for count in counts]]
+        accuracy = (margin > 0).sum() / cfg.batch_size
+        parts.append({"loss/rm": loss, "train/accuracy": accuracy, "train/margin": margin.sum() / cfg.batch_size})
+    return run.sum(parts)
 
 
 def predict(run, cfg, model, rows):
-    """Rewards (n, K) of every row of a data set, on every rank."""
-
-    def rewards(index):
-        micro = rows[index]
-        return {"rewards": rewards_of(model, micro["query"], micro["responses"], run.device)}
-
-    return run.map_rows(rewards, rows["length"], cfg.micro_batch_size)["rewards"]
+    """Rewards (n, K) of every row of a data set, on every rank; 0 where a row has fewer than K."""
+    width = max(map(len, rows["responses"]))
+    return run.map_rows(lambda index: rewards_of(model, rows[index], width, run.device), rows["length"], cfg.micro_batch_size)
 
 
 @torch.no_grad()
 def normalize(run, cfg, model, rows):
     """Shift the head's bias so that the references `rows` have mean reward 0 (detail 15: the mean only, no gain).
 
+    With cfg.normalize_std the weight too, for a standard deviation of 1 (arXiv:1909.08593: gain and bias).
     Returns their mean and standard deviation as they were before.
     """
     rewards = predict(run, cfg, model, rows).double()
-    model.score.bias.sub_(rewards.mean().item())
-    return {"normalize/mean": rewards.mean().item(), "normalize/std": rewards.std(correction=0).item()}
+    mean, std = rewards.mean().item(), rewards.std(correction=0).item()
+    model.score.bias.sub_(mean)
+    if cfg.normalize_std:
+        model.score.bias.div_(std)
+        model.score.weight.div_(std)
+    return {"normalize/mean": mean, "normalize/std": std}
+
+
+def eos_rewards(run, cfg, model, rows):
+    """Mean reward of the best responses at EOS and at their other tokens, which were never trained (detail 13)."""
+
+    def read(index):
+        micro = rows[index]
+        ids, select, _, mask = collate(micro["query"], [row[0] for row in micro["responses"]], run.device)
+        rewards, counts = model(ids, (select + 1).clamp(max=ids.shape[1] - 1)) * mask, mask.sum(1)
+        at_eos = rewards.gather(1, counts[:, None] - 1)[:, 0]
+        negative = (rewards < 0).sum(1) - (at_eos < 0).long()
+        return {"eos": at_eos, "others": rewards.sum(1) - at_eos, "negative": negative, "n": counts - 1}
+
+    sums = {name: x.sum().item() for name, x in run.map_rows(read, rows["length"], cfg.micro_batch_size).items()}
+    others, negative = (sums[name] / sums["n"] for name in ("others", "negative"))
+    return {"reward/at_eos": sums["eos"] / len(rows), "reward/elsewhere": others, "reward/elsewhere_negative": negative}
 
 
 def main(cfg):
-    run = runtime.start(cfg)
+    run = runtime.start(cfg, n_responses=2, ranked=True)
     if run is None:
         return
-    tokenizer = Tokenizer.load(cfg.model)
-    rows, held_out = runtime.load_splits(run, tokenizer, n_responses=2)
-    total = runtime.count_updates(run, len(rows))
-    with run.main_first():
-        source, split = cfg.normalize_data, cfg.normalize_split
-        references = source and load_rows(source, split, tokenizer, 1, max_query_tokens=cfg.max_query_tokens)
+    if cfg.bootstrap:
+        draws = np.random.default_rng((cfg.seed, 1)).integers(len(run.rows), size=len(run.rows))
+        run.rows = run.rows.select(draws)
+    references = cfg.normalize_data and run.load(cfg.normalize_data, cfg.normalize_split, n_responses=1)
     model = runtime.load_model(run, ScalarModel, cfg.model, trainable=True, new_head=True)
-    trained = nn.ModuleDict({"model": model})
-    optimizer = runtime.make_optimizer(cfg, trained)
-    for step in run.steps(runtime.resume(run, trained, optimizer)["step"], total):
-        metrics = update(run, cfg, model, rows[batch_rows(len(rows), cfg.batch_size, step, cfg.seed)])
-        metrics |= runtime.optimizer_step(run, optimizer, step, total)
-        run.log(step, metrics, watch=("loss/rm", "train/accuracy"))
-        runtime.save_checkpoint(run, step + 1, trained, optimizer)
-    metrics = normalize(run, cfg, model, references) if references else {}
-    table = {}
-    if held_out:
-        rewards = predict(run, cfg, model, held_out)
-        table = accuracy_table(held_out, rewards[:, 0] - rewards[:, 1])
-        metrics |= {"eval/accuracy": table["all"]["accuracy"], "eval/loss": ranking_loss(rewards).mean().item()}
-    runtime.report(run, total, metrics, table)
-    runtime.export(run, model, tokenizer)
+    for step in run.train({"model": model}):
+        if step == 0 and references and cfg.normalize_std:
+            normalize(run, cfg, model, references)
+        metrics = update(run, cfg, model, run.rows.select(run.batch()))
+        run.log(metrics | runtime.optimizer_step(run), watch=("loss/rm", "train/accuracy"))
+    metrics, details, table = {}, {}, {}
+    if references:
+        metrics = normalize(run, cfg, model, references)
+        after = predict(run, cfg, model, references).double()
+        details = {"normalize/mean_after": after.mean().item(), "normalize/std_after": after.std(correction=0).item()}
+    if run.held_out:
+        rewards = predict(run, cfg, model, run.held_out)
+        table = accuracy_table(run.held_out, rewards[:, 0] - rewards[:, 1])
+        losses = row_losses(cfg, rewards, run.held_out)
+        metrics |= {"eval/accuracy": table["all"]["accuracy"], "eval/loss": losses.mean().item()}
+        details |= eos_rewards(run, cfg, model, run.held_out.select(range(min(1024, len(run.held_out)))))
+    runtime.report(run, metrics, table, **details)
+    runtime.export(run, model)
     run.close()
 
 

@@ -9,9 +9,10 @@ import json
 import math
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,35 +24,44 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
-from configurator import UserError
-from data import load_rows, pad_right
+from configurator import UserError, check
+from data import Tokenizer, batch_rows, load_rows, pad_right
 from model import GPTNeoXConfig, find_model, full, generate, init_weights, load_weights, read_json, write_json
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
-class TrainConfig:
+class RunConfig:
+    """The fields that all scripts share."""
+
+    out_dir: str = "out/run"  # where everything that a run writes goes
+    seed: int = 44413  # decides the initial weights, the data order and every sampled token
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; auto: bfloat16 on cuda; the masters are float32
+    max_query_tokens: int = 512  # longer posts are cut (detail 2.2)
+
+    def __post_init__(self):
+        for field in fields(self):
+            check(field, getattr(self, field.name), type(self).__qualname__)
+
+
+@dataclass
+class TrainConfig(RunConfig):
     """The fields that all training stages share; the values are those of arXiv:2403.17031."""
 
-    out_dir: str = "out/run"  # where config.json, metrics.jsonl, checkpoints/ and final/ go
-    seed: int = 44413  # decides the initial weights, the data order and every sampled token
-    device: str = "auto"  # cpu, cuda, or auto: cuda if there is one
-    dtype: str = "auto"  # compute: float32, bfloat16, or auto: bfloat16 on cuda; the masters are float32
     train_split: str = "train"  # the rows to train on
     eval_split: str = "validation"  # empty: no evaluation
-    max_query_tokens: int = 512  # longer posts are cut (detail 2.2)
     max_length: int = 0  # tokens of query + response; a longer row is an error; 0: any
     drop_long: bool = False  # leave longer rows out instead
     episodes: int = 0  # rows in the whole run, shuffled anew in each epoch; 0: every row once
     batch_size: int = 64  # rows per update, over all processes
     micro_batch_size: int = 1  # rows per forward and backward pass and process
     lr: float = 3e-6  # peak learning rate
-    schedule: str = "cosine"  # of the learning rate: cosine or linear to 0, or constant
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # of the learning rate; the first two go to 0
     warmup_steps: int = 0  # updates over which it rises to its peak
     adam_beta1: float = 0.9  # decay of the gradient's mean
     adam_beta2: float = 0.999  # decay of the squared gradient's mean
     adam_eps: float = 1e-5  # added to the root of the latter
+    adam_style: Literal["torch", "tf"] = "torch"  # tf: eps is added before the bias correction (arXiv:1909.08593)
     weight_decay: float = 0.01  # decoupled, on all parameters
     max_grad_norm: float = 0.0  # clip the gradient's global norm; 0: do not clip
     save_every: int = 0  # updates between resumable checkpoints; 0: none, only the final model
@@ -67,11 +77,10 @@ class Run:
         if cfg.seed < 0:
             raise UserError(f"seed must not be negative, got {cfg.seed}")
         kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-            raise UserError(f"device {kind!r} is not there; use --device=cpu, or --device=cuda on a machine with a GPU")
-        if cfg.dtype not in ("auto", *DTYPES):
-            raise UserError(f"dtype {cfg.dtype!r} is not known; use one of auto, {', '.join(DTYPES)}")
-        self.dtype = DTYPES[cfg.dtype if cfg.dtype != "auto" else "bfloat16" if kind == "cuda" else "float32"]
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise UserError("device 'cuda' is not there; use --device=cpu, or run on a machine with a GPU")
+        half = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and kind == "cuda")
+        self.dtype = torch.bfloat16 if half else torch.float32
         self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
         if kind == "cuda":
             torch.cuda.set_device(self.device)
@@ -107,64 +116,80 @@ class Run:
 
     @torch.no_grad()
     def map_rows(self, function, lengths, micro_batch_size):
-        """Apply function(index (rows,)) -> dict of tensors (rows, ...) to micro-batches of all rows 0 .. n-1.
+        """Apply function(index (rows,)) -> tensor (rows, ...), or a dict of them, to micro-batches of rows 0 .. n-1.
 
-        The ranks share the work; each gets the results of all rows, in row order: a dict of tensors (n, ...).
+        The ranks share the work; each gets the results of all rows, in row order: (n, ...), or a dict of those.
         """
         micro_batches = self.share(lengths, micro_batch_size)
         results = [function(index) for index in micro_batches]
         index = self._gather(torch.from_numpy(np.concatenate(micro_batches)).to(self.device))
         first = np.unique(index.cpu().numpy(), return_index=True)[1]  # rows in order, each once
-        rows = {}
-        for name in results[0]:
-            rows[name] = self._gather(torch.cat([result[name] for result in results]))[first]
-        return rows
+        if isinstance(results[0], torch.Tensor):
+            return self._gather(torch.cat(results))[first]
+        return {name: self._gather(torch.cat([result[name] for result in results]))[first] for name in results[0]}
 
     def _gather(self, tensor):
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
 
-    def sum(self, values):
-        """Add up a dict of numbers or scalar tensors over all ranks, in one reduction; returns floats."""
-        total = torch.stack([torch.as_tensor(v, device=self.device).detach().double() for v in values.values()])
+    def sum(self, parts):
+        """Add up dicts of scalar tensors, one per micro-batch, over all ranks, in one reduction; returns floats."""
+        total = torch.stack([sum(part[name].detach() for part in parts).double() for name in parts[0]])
         dist.all_reduce(total)
-        return dict(zip(values, total.tolist()))
+        return dict(zip(parts[0], total.tolist()))
 
-    @contextlib.contextmanager
-    def main_first(self):
-        """Let rank 0 do something (fill a cache) before the others find it done."""
+    def load(self, source, split, **options):
+        """`load_rows`; rank 0 goes first, the others then find its cache."""
         if not self.is_main:
             dist.barrier()
-        yield
+        rows = load_rows(source, split, self.tokenizer, max_query_tokens=self.cfg.max_query_tokens, **options)
         if self.is_main:
             dist.barrier()
+        return rows
 
     # ---- progress
 
-    def steps(self, start, total):
-        """Yield the updates still to do, under a progress bar."""
-        self.bar = tqdm(initial=start, total=total, disable=not self.is_main, desc=self.out_dir.name)
-        for step in range(start, total):
-            yield step
-            self.bar.update()
+    def train(self, models, state=None, lrs=None):
+        """Yield the updates still to do, under a progress bar; a checkpoint follows after each save_every.
 
-    def log(self, step, metrics, watch=()):
+        models: name -> module, each with a group of the optimizer. lrs: name -> its learning rate, if not cfg.lr.
+        state:  what else a resumed run needs, in JSON; the loop's body changes it in place.
+        """
+        self.models, state = nn.ModuleDict(models), {} if state is None else state
+        self.optimizer = make_optimizer(self.cfg, self.models, lrs or {})
+        start = resume(self, state)
+        self.bar = tqdm(initial=start, total=self.total, disable=not self.is_main, desc=self.out_dir.name)
+        for self.step in range(start, self.total):
+            yield self.step
+            self.bar.update()
+            save_checkpoint(self, self.step + 1, state)
+        self.step = self.total  # of what is logged from here on
+
+    def batch(self):
+        """Indices (batch_size,) of this step's rows."""
+        return batch_rows(len(self.rows), self.cfg.batch_size, self.step, self.cfg.seed)
+
+    def log(self, metrics, watch=()):
         """Append one row to metrics.jsonl; show the metrics named in `watch` beside the progress bar."""
         for name, value in metrics.items():
             if not math.isfinite(value):
-                raise UserError(f"step {step}: {name} is {value}; lower lr, or look at the rows of that step")
+                raise UserError(f"step {self.step}: {name} is {value}; lower lr, or look at the rows of that step")
         if not self.is_main:
             return
-        append_jsonl(self.out_dir / "metrics.jsonl", [{"step": step, **metrics}])
+        append_jsonl(self.out_dir / "metrics.jsonl", [{"step": self.step, **metrics}])
         if self.bar is not None:
             self.bar.set_postfix({name.split("/")[-1]: f"{metrics[name]:.4g}" for name in watch})
         if self.wandb is not None:
-            self.wandb.log(metrics, step=step)
+            self.wandb.log(metrics, step=self.step)
 
 
-def start(cfg):
-    """Join the process group and open cfg.out_dir. Returns a Run, or None if the run is complete already."""
+def start(cfg, n_responses, tokenizer="", n_minibatches=1, **options):
+    """Join the process group, open cfg.out_dir, load the tokenizer (cfg.model's, if none is named) and the rows.
+
+    Returns a Run with tokenizer, rows, held_out ("" without an eval_split) and total, the number of updates; or
+    None if the run is complete already. n_responses and options go to `load_rows`.
+    """
     run = Run(cfg)
     open_directory(run)
     if (run.out_dir / "final").exists():
@@ -176,6 +201,11 @@ def start(cfg):
         import wandb
 
         run.wandb = wandb.init(project=cfg.wandb, name=run.out_dir.name, config=asdict(cfg))
+    run.tokenizer = Tokenizer.load(tokenizer or cfg.model)
+    options |= dict(n_responses=n_responses, max_length=cfg.max_length, drop_long=cfg.drop_long)
+    run.rows = run.load(cfg.data, cfg.train_split, **options)
+    run.held_out = cfg.eval_split and run.load(cfg.data, cfg.eval_split, **options)
+    run.total = count_updates(run, n_minibatches)
     return run
 
 
@@ -208,21 +238,14 @@ def positive(cfg, *names):
             raise UserError(f"{name} is {getattr(cfg, name)}; it must be above 0")
 
 
-def load_splits(run, tokenizer, n_responses):
-    """The training rows, and the evaluation rows, which are "" if eval_split is."""
-    cfg = run.cfg
-    limits = dict(max_length=cfg.max_length, max_query_tokens=cfg.max_query_tokens, drop_long=cfg.drop_long)
-    with run.main_first():
-        rows = load_rows(cfg.data, cfg.train_split, tokenizer, n_responses, **limits)
-        return rows, cfg.eval_split and load_rows(cfg.data, cfg.eval_split, tokenizer, n_responses, **limits)
-
-
-def report(run, step, metrics, table):
-    """Log the last evaluation, write it with a table {group: {"accuracy", "n"}} to eval.json, and print that."""
-    run.log(step, metrics)
+def report(run, metrics, table, **details):
+    """Log the last evaluation's metrics; write them, `details` and a table of rows to eval.json, and print it all."""
+    run.log(metrics)
     if run.is_main:
-        write_json(run.out_dir / "eval.json", {**metrics, "accuracy": table})
-        print("\n" + "\n".join(f"{group:44} {row['accuracy']:.3f}  n {row['n']}" for group, row in table.items()))
+        write_json(run.out_dir / "eval.json", {**metrics, **details, "accuracy": table})
+        print("\n" + "\n".join(f"{name:44} {value:.4f}" for name, value in {**metrics, **details}.items()))
+        for group, row in table.items():
+            print(f"{group:44} " + "  ".join(f"{name} {value:.4g}" for name, value in row.items()))
 
 
 def append_jsonl(path, rows):
@@ -272,24 +295,25 @@ def shard(model, run, master_dtype):
 @contextlib.contextmanager
 def gathered(model):
     """Keep the parameters whole on every rank, so that generation needs no collective per token."""
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in modules:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
+    model.set_reshard_after_forward(False)
     yield
-    for module in modules:
-        module.set_reshard_after_forward(True, recurse=False)
-        module.reshard()
+    model.set_reshard_after_forward(True)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
-def generate_rows(run, model, queries, draws, temperature, tokenizer, micro_batch_size):
-    """Sample for n queries (lists of ids) with draws (n, R): responses and their logprobs (n, R), on all ranks."""
+def generate_rows(run, model, queries, draws, temperature, stop, micro_batch_size):
+    """Sample for n queries (lists of ids) with draws (n, R): responses and their logprobs (n, R), on all ranks.
+
+    A response that has drawn the id `stop` goes on with it; None: all are sampled to their end.
+    """
 
     def sample(index):
         ids, lengths = pad_right([queries[i] for i in index])
         responses, logprobs = generate(
             model, ids.to(run.device), lengths.to(run.device), draws.shape[1], temperature,
-            draws[index].to(run.device), tokenizer.eos_id, tokenizer.n_vocab, return_logprobs=True,
+            draws[index].to(run.device), stop, run.tokenizer.n_vocab, return_logprobs=True,
         )  # fmt: skip
         return {"responses": responses, "logprobs": logprobs}
 
@@ -301,17 +325,33 @@ def generate_rows(run, model, queries, draws, temperature, tokenizer, micro_batc
 # ---------------------------------------------------------------------------- the optimizer
 
 
-def make_optimizer(cfg, models):
+def make_optimizer(cfg, models, lrs):
+    """AdamW with a group per model; frozen models have none. Its state is there from the start, so that a
+    checkpoint holds that of every parameter, also of those that have not had a gradient yet.
+    """
+    groups = []
+    for name, model in models.items():
+        params = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups += [dict(params=params, initial_lr=lrs.get(name) or cfg.lr)] if params else []
     betas = (cfg.adam_beta1, cfg.adam_beta2)
-    return torch.optim.AdamW(models.parameters(), cfg.lr, betas, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(groups, cfg.lr, betas, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
+    for parameter in (parameter for group in groups for parameter in group["params"]):
+        zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+    return optimizer
+
+
+@torch.no_grad()
+def mix(target, source, share):
+    """Move the parameters of `target` by `share` of the way to those of `source`; both are sharded alike."""
+    for ours, theirs in zip(target.parameters(), source.parameters()):
+        ours.to_local().lerp_(theirs.to_local(), share)
 
 
 def learning_rate(step, total_steps, lr, schedule, warmup_steps=0):
     """The learning rate of update `step` (from 0): "linear" to 0, "cosine" to 0, or "constant"; linear warm-up."""
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     factors = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}
-    if schedule not in factors:
-        raise UserError(f"schedule {schedule!r} is not known; use one of {', '.join(factors)}")
     return lr * ((step + 1) / warmup_steps if step < warmup_steps else factors[schedule])
 
 
@@ -324,37 +364,38 @@ def backward(run, loss):
     (loss * run.size).backward()
 
 
-def optimizer_step(run, optimizer, step, total_steps):
-    """One update with the scheduled learning rate; returns {"lr", "grad_norm"}.
+def optimizer_step(run):
+    """One update with the scheduled learning rates; returns {"lr", "grad_norm"}; lr is the first model's.
 
     Raises UserError before any weight changes if the gradient is not finite.
     """
-    cfg = run.cfg
-    lr = learning_rate(step, total_steps, cfg.lr, cfg.schedule, cfg.warmup_steps)
+    cfg, optimizer = run.cfg, run.optimizer
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = full(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if not norm.isfinite():
-        raise UserError(f"step {step}: the gradient norm is {norm.item()}; lower lr, or look at the rows of that step")
+        raise UserError(f"step {run.step}: the gradient norm is {norm.item()}; lower lr, or look at that step's rows")
     if cfg.max_grad_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, cfg.max_grad_norm, norm)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = learning_rate(run.step, run.total, group["initial_lr"], cfg.schedule, cfg.warmup_steps)
+        if cfg.adam_style == "tf":  # torch adds eps to the corrected root, TensorFlow to the root before correction
+            n_steps = 1 + optimizer.state[group["params"][0]]["step"].item()
+            group["eps"] = cfg.adam_eps / math.sqrt(1 - cfg.adam_beta2**n_steps)
     optimizer.step()
     optimizer.zero_grad()
-    return {"lr": lr, "grad_norm": norm.item()}
+    return {"lr": optimizer.param_groups[0]["lr"], "grad_norm": norm.item()}
 
 
-def count_updates(run, n_rows, n_minibatches=1):
-    """The number of updates in the run; checks the schedule and how a batch is divided, and prints that once."""
-    cfg, parts = run.cfg, n_minibatches * run.size
+def count_updates(run, n_minibatches):
+    """The number of updates in the run; checks how a batch is divided, and prints that once."""
+    cfg, parts, n_rows = run.cfg, n_minibatches * run.size, run.cfg.episodes or len(run.rows)
     positive(cfg, "batch_size", "micro_batch_size")
     if cfg.batch_size % parts:
         across = f"{n_minibatches} minibatches x {run.size} processes"
         raise UserError(f"batch_size {cfg.batch_size} does not divide by {across}; make it a multiple of {parts}")
-    total, rows = (cfg.episodes or n_rows) // cfg.batch_size, cfg.batch_size // parts
-    learning_rate(0, total, cfg.lr, cfg.schedule)  # an unknown schedule is refused here
+    total, rows = n_rows // cfg.batch_size, cfg.batch_size // parts
     if total < 1:
-        raise UserError(f"{cfg.episodes or n_rows} rows are less than a batch of {cfg.batch_size}; lower batch_size")
+        raise UserError(f"{n_rows} rows are less than a batch of {cfg.batch_size}; lower batch_size")
     if run.is_main:
         micro = f"in micro-batches of {min(cfg.micro_batch_size, rows)}"
         print(f"{total} updates of {n_minibatches} minibatches x {run.size} processes x {rows} rows, {micro}")
@@ -364,8 +405,8 @@ def count_updates(run, n_rows, n_minibatches=1):
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(run, step, models, optimizer, **scalars):
-    """Write checkpoints/step_N after every save_every updates: models (an nn.ModuleDict), optimizer, and scalars.
+def save_checkpoint(run, step, state):
+    """Write checkpoints/step_N after every save_every updates: models, optimizer, and `state` as JSON.
 
     The directory gets its final name only when it is complete.
     """
@@ -373,10 +414,10 @@ def save_checkpoint(run, step, models, optimizer, **scalars):
         return
     directory = run.out_dir / "checkpoints"
     final, temporary = directory / f"step_{step}", directory / f"tmp_{step}"
-    weights, moments = get_state_dict(models, optimizer)
+    weights, moments = get_state_dict(run.models, run.optimizer)
     dcp.save({"models": weights, "optimizer": moments}, checkpoint_id=temporary)
     if run.is_main:
-        write_json(temporary / "scalars.json", {"step": step, **scalars})
+        write_json(temporary / "state.json", {"step": step, **state})
         temporary.rename(final)
         for old in list_checkpoints(run)[: -max(1, run.cfg.keep_checkpoints)]:
             shutil.rmtree(old)
@@ -387,36 +428,38 @@ def list_checkpoints(run):
     return sorted((run.out_dir / "checkpoints").glob("step_*"), key=lambda path: int(path.name[len("step_") :]))
 
 
-def resume(run, models, optimizer):
-    """Load the newest checkpoint in place; returns its scalars, or {"step": 0} if there is none.
+def resume(run, state):
+    """Load the newest checkpoint in place, `state` too; returns its step, or 0 if there is none.
 
     metrics.jsonl and samples.jsonl go back to that step, so that a resumed run writes what an unbroken one would.
     """
-    found, scalars = list_checkpoints(run), {"step": 0}
+    found, step = list_checkpoints(run), 0
     if found:
-        weights, moments = get_state_dict(models, optimizer)
+        weights, moments = get_state_dict(run.models, run.optimizer)
         dcp.load({"models": weights, "optimizer": moments}, checkpoint_id=found[-1])
-        set_state_dict(models, optimizer, model_state_dict=weights, optim_state_dict=moments)
-        scalars = read_json(found[-1] / "scalars.json")
+        set_state_dict(run.models, run.optimizer, model_state_dict=weights, optim_state_dict=moments)
+        state.update(read_json(found[-1] / "state.json"))
+        step = state.pop("step")
     dist.barrier()
     if run.is_main:
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = run.out_dir / name
             if path.exists():
                 lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline is torn
-                kept = [line + "\n" for line in lines if json.loads(line)["step"] < scalars["step"]]
+                kept = [line + "\n" for line in lines if json.loads(line)["step"] < step]
                 path.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
                 path.with_suffix(".tmp").replace(path)
         if found:
             print(f"resumed from {found[-1]}", flush=True)
-    return scalars
+    return step
 
 
-def export(run, model, tokenizer):
-    """Write out_dir/final, a model directory that transformers and the next stage load. Collective."""
-    final, temporary = run.out_dir / "final", run.out_dir / "tmp_final"
+def export(run, model, name="final"):
+    """Write out_dir/`name`, a model directory that transformers and the next stage load. Collective."""
+    final, temporary = run.out_dir / name, run.out_dir / f"tmp_{name}"
     model.save_pretrained(temporary)
     if run.is_main:
-        shutil.copyfile(tokenizer.path, temporary / "tokenizer.json")
+        shutil.copyfile(run.tokenizer.path, temporary / "tokenizer.json")
+        shutil.rmtree(final, ignore_errors=True)  # a resumed run writes some again
         temporary.rename(final)
         print(f"\nwrote {final}", flush=True)

@@ -17,12 +17,12 @@ import numpy as np
 
 import runtime
 from configurator import UserError, configure
-from data import Tokenizer, collate, last_scalars, load_rows, uniforms
+from data import Tokenizer, collate, last_scalars, uniforms
 from model import GPTNeoX, ScalarModel, token_logprobs, write_json
 
 
 @dataclass
-class Config:
+class Config(runtime.RunConfig):
     model: str = "out/ppo_1b/final"  # what to sample from: hub id or directory
     reward_model: str = ""  # scores responses and references, if given
     reference: str = ""  # KL is measured to this model, if given
@@ -30,25 +30,21 @@ class Config:
     data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # hub id, directory or file with {split}
     split: str = "validation"  # the rows to sample for
     n_rows: int = 0  # sample for the first so many rows; 0: all
-    max_query_tokens: int = 512  # longer posts are cut (detail 2.2)
     response_length: int = 53  # tokens sampled at most
     temperature: float = 0.7  # 0: greedy
     micro_batch_size: int = 64  # rows per forward pass and process
     out_dir: str = ""  # where samples.jsonl and summary.json go; empty: only print
-    seed: int = 44413  # decides the tokens drawn
-    device: str = "auto"  # cpu, cuda, or auto: cuda if there is one
-    dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 on cuda
 
 
-def sample(run, cfg, model, queries, tokenizer, *key):
+def sample(run, cfg, model, queries, *key):
     """Responses to queries (lists of ids): lists of ids that end with EOS, unless cut off at response_length.
 
     key: numbers that, with cfg.seed, decide the tokens drawn.
     """
     draws = uniforms((len(queries), cfg.response_length), cfg.seed, *key)
-    size, temperature = cfg.micro_batch_size, cfg.temperature
-    rows = runtime.generate_rows(run, model, queries, draws, temperature, tokenizer, size)[0].tolist()
-    return [row[: row.index(tokenizer.eos_id) + 1] if tokenizer.eos_id in row else row for row in rows]
+    eos_id, size = run.tokenizer.eos_id, cfg.micro_batch_size
+    rows = runtime.generate_rows(run, model, queries, draws, cfg.temperature, eos_id, size)[0].tolist()
+    return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in rows]
 
 
 def measure(run, cfg, function, queries, responses):
@@ -83,13 +79,12 @@ def rouge(references, responses):
     return {name: float(np.mean([score[name].fmeasure for score in scores])) for name in names}
 
 
-def evaluate(run, cfg, model, tokenizer):
+def evaluate(run, cfg, model):
     """Sample for a split; returns (one dict per row, the summary), the same on every rank."""
-    with run.main_first():
-        rows = load_rows(cfg.data, cfg.split, tokenizer, n_responses=1, max_query_tokens=cfg.max_query_tokens)
+    tokenizer, rows = run.tokenizer, run.load(cfg.data, cfg.split, n_responses=1)
     rows = rows[: cfg.n_rows or len(rows)]
     queries, references = rows["query"], [responses[0] for responses in rows["responses"]]
-    responses = sample(run, cfg, model, queries, tokenizer)
+    responses = sample(run, cfg, model, queries)
     columns = {name: [tokenizer.decode(ids) for ids in column]
                for name, column in dict(query=queries, response=responses, reference=references).items()}  # fmt: skip
     columns["tokens"] = [len(response) for response in responses]
@@ -99,7 +94,7 @@ def evaluate(run, cfg, model, tokenizer):
     if cfg.reward_model:
         reward_model = runtime.load_model(run, ScalarModel, cfg.reward_model)
         for name, texts in (("score", responses), ("reference_score", references)):
-            columns[name] = measure(run, cfg, functools.partial(last_scalars, reward_model, run.device), queries, texts)
+            columns[name] = measure(run, cfg, functools.partial(last_scalars, [reward_model], run.device), queries, texts)
     if cfg.reference:
         anchor = runtime.load_model(run, GPTNeoX, cfg.reference)
         ratio = functools.partial(log_ratio, model, anchor, run.device, cfg.temperature, tokenizer.n_vocab)
@@ -113,17 +108,17 @@ def main(cfg):
     run = runtime.Run(cfg)
     if cfg.out_dir and not cfg.prompt:
         runtime.open_directory(run)
-    tokenizer = Tokenizer.load(cfg.model)
+    run.tokenizer = Tokenizer.load(cfg.model)
     model = runtime.load_model(run, GPTNeoX, cfg.model)
     if cfg.prompt:
         if run.size > 1:
             raise UserError("a prompt is for one process; start it without torchrun")
         texts = (line.rstrip("\n") for line in sys.stdin) if cfg.prompt == "-" else [cfg.prompt]
         for number, text in enumerate(filter(str.strip, texts)):
-            response = sample(run, cfg, model, [tokenizer.encode(text)], tokenizer, number)[0]
-            print(tokenizer.decode(response), flush=True)
+            response = sample(run, cfg, model, [run.tokenizer.encode(text)], number)[0]
+            print(run.tokenizer.decode(response), flush=True)
     else:
-        rows, summary = evaluate(run, cfg, model, tokenizer)
+        rows, summary = evaluate(run, cfg, model)
         if run.is_main:
             print("\n".join(f"{name:18} {value:10.4f}" for name, value in summary.items()))
             if cfg.out_dir:

@@ -12,12 +12,11 @@ of the whole batch, which gives the same mean over sequences for any micro-batch
 """
 
 from dataclasses import dataclass
-
-from torch import nn
+from typing import Literal
 
 import runtime
 from configurator import UserError, configure
-from data import Tokenizer, batch_rows, collate
+from data import collate
 from model import GPTNeoX, GPTNeoXConfig, token_logprobs
 
 
@@ -29,8 +28,9 @@ class Config(runtime.TrainConfig):
     max_length: int = 562  # tokens of query + response; a longer row is an error; 0: any
     eval_rows: int = 0  # evaluate on the first so many rows; 0: all
     eval_every: int = 0  # updates between evaluations; 0: only after the last
-    loss_on: str = "all"  # all: query and response, as the reference; response: the response alone
-    reduction: str = "sequence"  # sequence: mean over rows of each row's mean, as the reference; token: over all tokens
+    export_every: int = 0  # updates between models in out_dir/step_N, for sample.py to choose from; 0: only the last
+    loss_on: Literal["all", "response"] = "all"  # all: query and response, as the reference; response: the response alone
+    reduction: Literal["sequence", "token"] = "sequence"  # mean over rows of each row's mean, as the reference; or over all
     tokenizer: str = ""  # hub id, directory or tokenizer.json; empty: the model's
     scratch: bool = False  # random weights, of the shape below, instead of `model`
     hidden_size: int = 128  # width, with `scratch`
@@ -59,16 +59,15 @@ def n_loss_tokens(rows, loss_on):
 
 
 def update(run, cfg, model, rows):
-    """Accumulate the gradient of the batch `rows` (a dict of columns); returns the batch's loss."""
-    n_tokens, total = n_loss_tokens(rows, cfg.loss_on), 0.0
+    """Accumulate the gradient of the batch `rows`; returns the batch's loss."""
+    n_tokens, parts = n_loss_tokens(rows, cfg.loss_on), []
     for index in run.share(rows["length"], cfg.micro_batch_size):
-        micro = {name: [column[i] for i in index] for name, column in rows.items()}
-        ids, select, targets, mask = model_inputs(micro, cfg.loss_on, run.device)
+        ids, select, targets, mask = model_inputs(rows[index], cfg.loss_on, run.device)
         logprobs = token_logprobs(model(ids, select), targets)  # (B, R)
         loss = -(logprobs * loss_weights(mask, cfg.reduction, cfg.batch_size, n_tokens)).sum()
         runtime.backward(run, loss)
-        total += loss.detach()
-    return run.sum({"loss/sft": total})
+        parts.append({"loss/sft": loss})
+    return run.sum(parts)
 
 
 def evaluate(run, cfg, model, rows):
@@ -83,38 +82,33 @@ def evaluate(run, cfg, model, rows):
     return {"eval/loss": loss.item()}
 
 
+def from_scratch(cfg, tokenizer):
+    vocab_size = cfg.vocab_size or -(-tokenizer.n_vocab // 128) * 128
+    if vocab_size < tokenizer.n_vocab:
+        raise UserError(f"vocab_size {vocab_size} is less than the tokenizer's {tokenizer.n_vocab}; use 0")
+    return GPTNeoXConfig(vocab_size, cfg.hidden_size, cfg.num_hidden_layers, cfg.num_attention_heads)
+
+
 def main(cfg):
-    for name, known in (("loss_on", ("all", "response")), ("reduction", ("sequence", "token"))):
-        if getattr(cfg, name) not in known:
-            raise UserError(f"{name} is {getattr(cfg, name)!r}; use one of {', '.join(known)}")
-    run = runtime.start(cfg)
+    run = runtime.start(cfg, n_responses=1, tokenizer=cfg.tokenizer)
     if run is None:
         return
-    tokenizer = Tokenizer.load(cfg.tokenizer or cfg.model)
-    rows, held_out = runtime.load_splits(run, tokenizer, n_responses=1)
-    total = runtime.count_updates(run, len(rows))
+    held_out = run.held_out
     if held_out and cfg.eval_rows > 0:
         held_out = held_out.select(range(min(cfg.eval_rows, len(held_out))))
-    scratch = None
-    if cfg.scratch:
-        vocab_size = cfg.vocab_size or -(-tokenizer.n_vocab // 128) * 128
-        if vocab_size < tokenizer.n_vocab:
-            raise UserError(f"vocab_size {vocab_size} is less than the tokenizer's {tokenizer.n_vocab}; use 0")
-        scratch = GPTNeoXConfig(vocab_size, cfg.hidden_size, cfg.num_hidden_layers, cfg.num_attention_heads)
+    scratch = from_scratch(cfg, run.tokenizer) if cfg.scratch else None
     model = runtime.load_model(run, GPTNeoX, cfg.model, trainable=True, scratch=scratch)
-    trained = nn.ModuleDict({"model": model})
-    optimizer = runtime.make_optimizer(cfg, trained)
-    for step in run.steps(runtime.resume(run, trained, optimizer)["step"], total):
+    for step in run.train({"model": model}):
         metrics = {}
         if held_out and cfg.eval_every and step % cfg.eval_every == 0:
             metrics |= evaluate(run, cfg, model, held_out)
-        metrics |= update(run, cfg, model, rows[batch_rows(len(rows), cfg.batch_size, step, cfg.seed)])
-        metrics |= runtime.optimizer_step(run, optimizer, step, total)
-        run.log(step, metrics, watch=("loss/sft", "lr"))
-        runtime.save_checkpoint(run, step + 1, trained, optimizer)
+        metrics |= update(run, cfg, model, run.rows.select(run.batch()))
+        run.log(metrics | runtime.optimizer_step(run), watch=("loss/sft", "lr"))
+        if cfg.export_every and (step + 1) % cfg.export_every == 0:
+            runtime.export(run, model, f"step_{step + 1}")
     if held_out:
-        run.log(total, evaluate(run, cfg, model, held_out), watch=("eval/loss",))
-    runtime.export(run, model, tokenizer)
+        run.log(evaluate(run, cfg, model, held_out), watch=("eval/loss",))
+    runtime.export(run, model)
     run.close()
 
 
