@@ -103,11 +103,10 @@ def check(field, value, where="command line"):
     kind = str if choices else field.type
     if kind is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise UserError(
-            f"{where}: '{field.name}' takes {'finite ' * (kind is float)}{kind.__name__}, got "
-            f"{type(value).__name__} ({value!r}); write for example {field.name} = {field.default!r}"
-        )
+    if type(value) is not kind or (kind is float and not math.isfinite(value)) or (kind is int and value < 0):
+        wanted = {float: "finite float", int: "int from 0"}.get(kind, kind.__name__)
+        found = f"got {type(value).__name__} ({value!r})"
+        raise UserError(f"{where}: '{field.name}' takes {wanted}, {found}; write for example {field.default!r}")
     if choices and value not in choices:
         raise UserError(f"{where}: '{field.name}' is {value!r}; use one of {', '.join(choices)}")
     return value

@@ -22,6 +22,7 @@ import hashlib
 import os
 import re
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import tiktoken
@@ -57,7 +58,8 @@ class Tokenizer:
             self._encoding = tiktoken.Encoding(path, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
             self._bytes = {id: token for token, id in ranks.items()}
             self._bytes.update({id: text.encode() for text, id in self._runs.items()})
-            self._special, self.eos_id = special, special[EOS]
+            runs = "|".join(map(re.escape, sorted(self._runs, key=len, reverse=True))) or "(?!)"
+            self._split, self.eos_id = re.compile(f"({runs})"), special[EOS]
             self.n_vocab = max(*self._bytes, *special.values()) + 1
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: not a byte-level BPE tokenizer like Pythia's ({error!r})") from None
@@ -89,19 +91,12 @@ class Tokenizer:
             if not fits:
                 raise ValueError(f"unsupported {what}")
 
-    def encode(self, text, special=False):
-        """Token ids of `text`. special: let <|endoftext|> and its like in the text become their ids.
-
-        By default they are ordinary text: a post that quotes <|endoftext|> must not end the query.
-        """
+    def encode(self, text):
+        """Token ids of `text`. Special tokens in it are ordinary text: a post may quote <|endoftext|>."""
         ids = []
-        for piece in split_at(self._special, text) if special else [text]:
-            if special and piece in self._special:
-                ids.append(self._special[piece])
-                continue
-            # runs of spaces are tokens of their own, cut out (longest first) before words are split
-            for part in split_at(self._runs, unicodedata.normalize("NFC", piece)):
-                ids.extend([self._runs[part]] if part in self._runs else self._encoding.encode_ordinary(part))
+        # runs of spaces are tokens of their own, cut out (longest first) before words are split
+        for part in self._split.split(unicodedata.normalize("NFC", text)):
+            ids.extend([self._runs[part]] if part in self._runs else self._encoding.encode_ordinary(part))
         return ids
 
     def decode(self, ids):
@@ -114,14 +109,6 @@ def byte_symbols():
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
-def split_at(tokens, text):
-    """Cut `text` at every occurrence of one of `tokens`, leftmost and longest first; keep those as pieces."""
-    if not tokens:
-        return [text]
-    pattern = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
-    return [piece for piece in re.split(f"({pattern})", text) if piece]
 
 
 # ---------------------------------------------------------------------------- queries
@@ -255,11 +242,10 @@ def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_t
             raise UserError(f"{name}: row {index}: {error}") from None
 
     # the code is part of the key: a changed format must not read an old cache
-    key = hashlib.sha256(repr((raw._fingerprint, max_query_tokens, n_responses, ranked)).encode())
+    key = repr((raw._fingerprint, max_query_tokens, n_responses, ranked))
     for path in (__file__, tokenizer.path):
-        with open(path, "rb") as file:
-            key.update(file.read())
-    fingerprint = key.hexdigest()[:16]
+        key += Path(path).read_text(encoding="utf-8")
+    fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
     rows = raw.map(tokenise, with_indices=True, remove_columns=raw.column_names, new_fingerprint=fingerprint)
     lengths = np.asarray(rows["length"])
     long = np.flatnonzero(lengths > (max_length or np.inf))
@@ -276,11 +262,12 @@ def read_split(source, split):
     import datasets  # here, since it takes a second and a notebook may only want the tokenizer
 
     datasets.disable_progress_bars()
-    path = source.replace("{split}", split)
+    name = split.split("[")[0]  # of "train[:100]"
+    path = source.replace("{split}", name)
     try:
         if path.endswith((".jsonl", ".json", ".parquet")):
             kind = "parquet" if path.endswith(".parquet") else "json"
-            return datasets.load_dataset(kind, data_files={split: path}, split=split)
+            return datasets.load_dataset(kind, data_files={name: path}, split=split)
         return datasets.load_dataset(path, split=split)
     except Exception as error:
         reason = str(error.__cause__ or error).strip().split("\n")[0]

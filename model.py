@@ -32,6 +32,7 @@ from configurator import UserError, check
 
 # Masks and rotary tables that old Pythia files carry along; they hold nothing that was learned.
 BUFFERS = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
+FIXED = dict(hidden_act="gelu", attention_bias=True, tie_word_embeddings=False)  # the only values supported
 
 
 @dataclass
@@ -49,9 +50,6 @@ class GPTNeoXConfig:
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     use_parallel_residual: bool = True
-    hidden_act: str = "gelu"
-    attention_bias: bool = True
-    tie_word_embeddings: bool = False
     bos_token_id: int = 0
     eos_token_id: int = 0
 
@@ -59,22 +57,12 @@ class GPTNeoXConfig:
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
         if min(self.vocab_size, self.hidden_size, self.num_hidden_layers, self.num_attention_heads) < 1:
             raise UserError("model config: vocab_size, hidden_size and the counts of layers and heads must be positive")
+        self.rotary_dims = int(self.hidden_size // self.num_attention_heads * self.rotary_pct)
         if self.hidden_size % self.num_attention_heads or self.rotary_dims % 2:
             raise UserError(
                 f"model config: hidden_size {self.hidden_size} must divide into num_attention_heads "
                 f"{self.num_attention_heads}, and rotary_pct {self.rotary_pct} of a head must be an even width"
             )
-        for name, value in dict(hidden_act="gelu", attention_bias=True, tie_word_embeddings=False).items():
-            if getattr(self, name) != value:
-                raise UserError(f"model config: {name} = {getattr(self, name)!r} is not supported, only {value!r}")
-
-    @property
-    def head_dim(self):
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def rotary_dims(self):
-        return int(self.head_dim * self.rotary_pct)
 
     @classmethod
     def from_directory(cls, directory):
@@ -83,6 +71,9 @@ class GPTNeoXConfig:
         values = read_json(path)
         if values.get("model_type", "gpt_neox") != "gpt_neox":
             raise UserError(f"{path}: model_type is {values['model_type']!r}; only gpt_neox (Pythia) can be loaded")
+        for name, value in FIXED.items():
+            if values.get(name, value) != value:
+                raise UserError(f"{path}: {name} = {values[name]!r} is not supported, only {value!r}")
         # transformers 5 writes the rotary fields under other names
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
         if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
@@ -112,9 +103,6 @@ class KVCache:
         self.mask = (columns < query_lens[:, None]) | (columns >= width)  # (B, capacity)
         self.query_lens, self.width, self.capacity, self.end = query_lens, width, capacity, 0
         self.layers = {}  # layer -> keys, values (B, H, capacity, E), made at the layer's first tokens
-
-    def positions(self):
-        return self.query_lens[:, None] + self.end - self.width  # (B, 1), of the token now fed
 
     def append(self, layer, k, v):
         """Store k, v (B, H, T, E) of the tokens now fed; return all that are stored, and their mask."""
@@ -195,12 +183,12 @@ class Body(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, ids, select=None, cache=None):
-        if ids.shape[1] > self.config.max_position_embeddings:
-            limit = self.config.max_position_embeddings
-            raise UserError(f"a sequence of {ids.shape[1]} tokens is longer than the model's {limit}; shorten the rows")
+        length, limit = ids.shape[1] if cache is None else cache.capacity, self.config.max_position_embeddings
+        if length > limit:
+            raise UserError(f"a sequence of {length} tokens is longer than the model's {limit}; shorten the rows")
         h = self.embed_in(ids)
         if cache is not None and cache.end > 0:
-            positions = cache.positions()[:, None]  # (B, 1, T)
+            positions = (cache.query_lens + cache.end - cache.width)[:, None, None]  # (B, 1, T = 1)
         else:
             positions = torch.arange(ids.shape[1], device=ids.device)  # (T,), the same for all rows
         cos, sin = self.rope(positions, h.dtype)
@@ -255,7 +243,7 @@ class Pretrained(nn.Module):
             os.makedirs(directory, exist_ok=True)
             dtype = str(next(iter(like.values())).dtype).removeprefix("torch.")
             meta = dict(architectures=[self.architecture], model_type="gpt_neox", torch_dtype=dtype)
-            write_json(os.path.join(directory, "config.json"), {**meta, **asdict(self.config)})
+            write_json(os.path.join(directory, "config.json"), {**meta, **FIXED, **asdict(self.config)})
             if plan.is_sharded:
                 index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
                 write_json(os.path.join(directory, "model.safetensors.index.json"), index)
@@ -415,8 +403,7 @@ def read_json(path):
 
 def write_json(path, values):
     with open(path, "w", encoding="utf-8") as file:
-        json.dump(values, file, indent=2)
-        file.write("\n")
+        file.write(json.dumps(values, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------- probabilities and generation
@@ -465,9 +452,6 @@ def generate(model, queries, query_lens, max_new_tokens, temperature, uniforms=N
         raise UserError("generate: temperature must not be negative; sampling needs uniforms; no query may be empty")
     is_query = torch.arange(width, device=queries.device) < query_lens[:, None]  # (B, width)
     queries = queries[:, :width].where(is_query, 0)  # a pad id need not be an id of the model
-    if width + max_new_tokens > model.config.max_position_embeddings:
-        limit = model.config.max_position_embeddings
-        raise UserError(f"{width} + {max_new_tokens} tokens are more than the model's {limit}; shorten the queries")
     shape = (len(queries), max_new_tokens)
     responses = torch.full(shape, 0 if eos_id is None else eos_id, device=queries.device)
     logprobs = torch.zeros(shape, device=queries.device)

@@ -56,15 +56,14 @@ class Config(runtime.TrainConfig):
     schedule: Literal["cosine", "linear", "constant"] = "linear"  # of the learning rate; the first two go to 0
     response_length: int = 53  # tokens sampled at most
     temperature: float = 0.7  # of sampling, and of all log-probabilities
-    truncate_token: str = ""  # a text of one token that ends a response instead of EOS, as "\n" (arXiv:1909.08593)
+    truncate_token: int = 0  # id of the token that ends a response (arXiv:1909.08593); 0: EOS
     truncate_after: int = 0  # an end before this column does not count
     missing_eos_score: float = -1.0  # the score of a response without EOS (detail 23.3)
     kl_coef: float = 0.05  # penalty per nat of KL to the reference
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # of the KL in the reward
     kl_target: float = 0.0  # adapt kl_coef towards this KL per sequence; 0: keep it fixed
     kl_horizon: int = 10_000  # episodes over which it adapts
-    reference_mix: float = 0.0  # share of the policy that the reference takes over; 0: it stays as it is
-    reference_every: int = 1  # updates between that
+    reference_mix: float = 0.0  # share of the policy that the reference takes over after each update
     reward_norm: Literal["none", "scale", "normalize"] = "none"  # of scores by the moments of all so far: / std; - mean too
     reward_clip: float = 0.0  # then keep scores within -+ this; 0: any
     whiten_rewards: bool = False  # scale rewards to variance 1 (detail 24)
@@ -72,18 +71,15 @@ class Config(runtime.TrainConfig):
     advantage_clip: float = 0.0  # then keep advantages within -+ this; 0: any
     gamma: float = 1.0  # discount
     lam: float = 0.95  # GAE's lambda
-    objective: Literal["clip", "penalty", "trust_region", "truly"] = "clip"  # see the table above
     cliprange: float = 0.2  # of the policy's ratio
-    rollback: float = 0.0  # clip, trust_region: slope of the way back from outside
-    kl_delta: float = 0.03  # trust_region, truly: KL per token that is too far; penalty: the one to aim at
-    kl_slope: float = 1.0  # truly: weight of KL outside (there: 5); penalty: its first weight
+    kl_delta: float = 0.0  # limit the KL of a token instead of its ratio (TR-PPO: 0.03); 0: the ratio
+    rollback: float = 0.0  # slope of the way back from outside either limit (PPO-RB: 0.3); 0: flat
     target_kl: float = 0.0  # the policy stops learning from a batch at 1.5 times this approxkl; 0: it never does
     cliprange_value: float = 0.2  # of the critic's change
     vf_coef: float = 0.1  # weight of the value loss
     critic_lr: float = 0.0  # the critic's learning rate; 0: the same
     critic_steps: int = 0  # first updates in which the critic alone learns
     entropy_coef: float = 0.0  # weight of an entropy bonus
-    entropy_target: float = 0.0  # turn the bonus into a cost above this entropy, in nats per token; 0: never
     ptx_coef: float = 0.0  # weight of an SFT loss on as many rows (PPO-ptx, arXiv:2203.02155)
     ptx_data: str = ""  # its rows: hub id, directory or file with {split}; empty: data
     monitor: bool = False  # log perplexities and other estimates of KL too
@@ -108,22 +104,18 @@ def kl_estimate(log_ratio, estimator):
     return log_ratio if estimator == "k1" else log_ratio**2 / 2
 
 
-def merge_moments(moments, x):
-    """Count, mean and sum of squared deviations of what they cover already and of x (n,) together. (Chan et al. 1979)"""
-    (count, mean, squares), n = moments, len(x)
-    shift = x.mean().item() - mean
-    squares += ((x - x.mean()) ** 2).sum().item() + shift**2 * count * n / (count + n)
-    return count + n, mean + shift * n / (count + n), squares
+def normalize_scores(scores, moments, how):
+    """Scores (B,) divided by the standard deviation of all so far ("scale"), or minus their mean first ("normalize").
 
-
-def normalize_scores(scores, moments, how, clip):
-    """Scores (B,), divided by the standard deviation of all so far ("scale"; "normalize": minus their mean first),
-    then kept within -+ clip, if that is not 0. (arXiv:2307.04964 eq. 18, with the moments of its released code)
+    moments: count, mean and sum of squared deviations of those before; returns the new ones too. (arXiv:2307.04964
+    eq. 18 with the running moments of its released code, merged as in Chan et al. 1979)
     """
-    count, mean, squares = moments
-    if how != "none":
-        scores = (scores - mean * (how == "normalize")) / ((squares / max(count - 1, 1)) ** 0.5 or 1.0)
-    return scores.clamp(-clip, clip) if clip else scores
+    (count, mean, squares), x = moments, scores.double()
+    n, shift = count + len(x), x.mean().item() - mean
+    squares += ((x - x.mean()) ** 2).sum().item() + shift**2 * count * len(x) / n
+    mean += shift * len(x) / n
+    std = (squares / max(n - 1, 1)) ** 0.5 or 1.0
+    return ((x - mean * (how == "normalize")) / std).float(), (n, mean, squares)
 
 
 def shape_rewards(logprobs, ref_logprobs, scores, last, mask, kl_coef, whiten_rewards=False, kl_estimator="k1"):
@@ -164,38 +156,22 @@ def whiten(x, mask, shift_mean=True):
     return (whitened if shift_mean else whitened + mean) * mask
 
 
-def policy_loss(new_logprobs, logprobs, advantages, cliprange, rollback=0.0):
-    """Clipped surrogate, negated: (B, R). (arXiv:1707.06347 eq. 7)
+def policy_loss(new_logprobs, logprobs, advantages, cliprange, kl_delta=0.0, rollback=0.0):
+    """Clipped surrogate, negated: (B, R). (PPO-Clip: arXiv:1707.06347 eq. 7)
 
-    rollback: outside the range it does not stay flat but falls with this slope. (arXiv:1903.07940 eq. 8, PPO-RB)
+    kl_delta: limit KL(old, new) in place of the ratio: no gradient where it is larger, as estimated by k3, and the
+    objective has improved (TR-PPO). rollback: outside the limit the objective falls with this slope instead of
+    staying flat (PPO-RB, TR-PPO-RB). (arXiv:1903.07940)
     """
     ratio = torch.exp(new_logprobs - logprobs)
+    gain = advantages * ratio
+    if kl_delta:
+        far = (kl_estimate(logprobs - new_logprobs, "k3") >= kl_delta) & (gain > advantages)
+        return -((1 + rollback) * gain.detach() - rollback * gain).where(far, gain)
     clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
     if rollback:
         clipped = clipped - rollback * (ratio - clipped)
-    return torch.maximum(-advantages * ratio, -advantages * clipped)
-
-
-def trust_region_loss(new_logprobs, logprobs, advantages, delta, rollback=0.0, kl_slope=0.0):
-    """Surrogate, negated, with a limit on KL(old, new) in place of the ratio's: (B, R). (arXiv:1903.07940)
-
-    Where KL >= delta and the objective has improved, its gradient is 0 (TR-PPO), or rollback times the opposite
-    (TR-PPO-RB), or with a kl_slope KL times that is added to the loss (Truly PPO). The KL is its estimate k3.
-    """
-    ratio, kl = torch.exp(new_logprobs - logprobs), kl_estimate(logprobs - new_logprobs, "k3")
-    gain = advantages * ratio
-    back = gain - kl_slope * kl if kl_slope else (1 + rollback) * gain.detach() - rollback * gain
-    return -back.where((kl >= delta) & (gain > advantages), gain)
-
-
-def penalty_loss(new_logprobs, logprobs, advantages, coef):
-    """Surrogate, negated, plus coef * KL(old, new), estimated by k3: (B, R). (arXiv:1707.06347 eq. 8)"""
-    return -advantages * torch.exp(new_logprobs - logprobs) + coef * kl_estimate(logprobs - new_logprobs, "k3")
-
-
-def adapt_penalty(coef, kl, target):
-    """Halve or double the coefficient when KL is 1.5 times below or above its target. (arXiv:1707.06347 section 4)"""
-    return coef / 2 if kl < target / 1.5 else coef * 2 if kl > target * 1.5 else coef
+    return torch.maximum(-gain, -advantages * clipped)
 
 
 def value_loss(new_values, values, returns, cliprange_value):
@@ -250,14 +226,6 @@ def model_inputs(queries, responses, last, device):
     return collate(queries, cut, device)[:3]
 
 
-def end_token(cfg, tokenizer):
-    """The id that ends a response: EOS, unless cfg.truncate_token names another."""
-    ids = tokenizer.encode(cfg.truncate_token) if cfg.truncate_token else [tokenizer.eos_id]
-    if len(ids) != 1:
-        raise UserError(f"truncate_token {cfg.truncate_token!r} is {len(ids)} tokens; give a text that is one")
-    return ids[0]
-
-
 def rollout(run, cfg, policy, reference, critic, score, queries, step):
     """Sample a response to each of the batch's queries (B lists of ids), and measure it with every model.
 
@@ -266,7 +234,7 @@ def rollout(run, cfg, policy, reference, critic, score, queries, step):
     ref_logprobs, values and entropy (B, R), scores, has_eos and last (B,).
     """
     draws, size = uniforms((len(queries), cfg.response_length), cfg.seed, step), cfg.rollout_micro_batch_size
-    end_id, n_vocab = end_token(cfg, run.tokenizer), run.tokenizer.n_vocab
+    end_id, n_vocab = cfg.truncate_token or run.tokenizer.eos_id, run.tokenizer.n_vocab
     stop = None if cfg.truncate_after else end_id
     responses, sampled = runtime.generate_rows(run, policy, queries, draws, cfg.temperature, stop, size)
     has_eos, last = find_eos(responses, end_id, cfg.truncate_after)
@@ -293,18 +261,20 @@ def total_lengths(queries, last):
     return np.array([len(query) for query in queries]) + last.cpu().numpy()
 
 
-def prepare(cfg, batch, kl_coef, moments=(0, 0.0, 0.0)):
+def prepare(cfg, batch, kl_coef, state=None):
     """Add to a rollout's tensors what the update needs: masks, rewards, advantages (whitened) and returns.
 
-    moments: of the scores so far; returned too, with this batch's.
+    state["moments"]: of the scores so far; with cfg.reward_norm it takes in this batch's.
     """
     last = batch["last"]
     columns = torch.arange(cfg.response_length, device=last.device)
     mask, mask_p1 = columns <= last[:, None], columns <= last[:, None] + 1
-    scores = batch["scores"].where(batch["has_eos"], cfg.missing_eos_score)
+    paid = scores = batch["scores"].where(batch["has_eos"], cfg.missing_eos_score)
+    if cfg.reward_norm != "none":
+        paid, state["moments"] = normalize_scores(scores, state["moments"], cfg.reward_norm)
+    if cfg.reward_clip:
+        paid = paid.clamp(-cfg.reward_clip, cfg.reward_clip)
     logprobs, ref_logprobs, values = batch["logprobs"], batch["ref_logprobs"], batch["values"] * mask_p1
-    moments = merge_moments(moments, scores.double())
-    paid = normalize_scores(scores, moments, cfg.reward_norm, cfg.reward_clip)
     how = cfg.whiten_rewards, cfg.kl_estimator
     rewards, kl = shape_rewards(logprobs, ref_logprobs, paid, last, mask, kl_coef, *how)
     advantages = gae(rewards, values, cfg.gamma, cfg.lam)
@@ -313,17 +283,16 @@ def prepare(cfg, batch, kl_coef, moments=(0, 0.0, 0.0)):
     if cfg.advantage_clip:
         advantages = advantages.clamp(-cfg.advantage_clip, cfg.advantage_clip)
     new = dict(mask=mask, mask_p1=mask_p1, scores=scores, rewards=rewards, kl=kl, values=values)
-    return batch | new | dict(returns=returns, advantages=advantages), moments
+    return batch | new | dict(returns=returns, advantages=advantages)
 
 
 def rollout_metrics(cfg, batch, kl_coef):
     """What the samples say, before any update; sums are per sequence, in nats."""
-    mask, k1 = batch["mask"], batch["kl"]
-    kl, kl_k2, kl_k3 = (kl_estimate(k1, name).sum(1).mean().item() for name in ("k1", "k2", "k3"))
-    penalty = kl_coef * {"k1": kl, "k2": kl_k2, "k3": kl_k3}[cfg.kl_estimator]
-    scores, tokens = batch["scores"].mean().item(), mask.sum().item()
+    mask, tokens, scores = batch["mask"], batch["mask"].sum().item(), batch["scores"].mean().item()
+    kl = {name: kl_estimate(batch["kl"], name).sum(1).mean().item() for name in ("k1", "k2", "k3")}
+    penalty = kl_coef * kl[cfg.kl_estimator]
     metrics = {
-        "objective/kl": kl,
+        "objective/kl": kl["k1"],
         "objective/kl_coef": kl_coef,
         "objective/entropy": -(batch["logprobs"] * mask).sum(1).mean().item(),
         "objective/non_score_reward": -penalty,
@@ -336,16 +305,16 @@ def rollout_metrics(cfg, batch, kl_coef):
         "val/generation_gap": ((batch["sampled_logprobs"] - batch["logprobs"]).abs() * mask).sum().item() / tokens,
     }
     if cfg.monitor:
-        policy, reference = ((batch[name] * mask).sum() / -tokens for name in ("logprobs", "ref_logprobs"))
-        perplexities = {"val/perplexity": policy.exp().item(), "val/ref_perplexity": reference.exp().item()}
-        metrics |= {"objective/kl_k2": kl_k2, "objective/kl_k3": kl_k3, **perplexities}
+        metrics |= {"objective/kl_k2": kl["k2"], "objective/kl_k3": kl["k3"]}
+        for name, column in (("val/perplexity", "logprobs"), ("val/ref_perplexity", "ref_logprobs")):
+            metrics[name] = ((batch[column] * mask).sum() / -tokens).exp().item()
     return metrics
 
 
 # ---------------------------------------------------------------------------- the update
 
 
-def ppo_loss(cfg, new_logprobs, new_values, micro, n_actions, n_values, kl_slope=0.0):
+def ppo_loss(cfg, new_logprobs, new_values, micro, n_actions, n_values, new_entropy=0.0):
     """A micro-batch's part of its minibatch's loss, and of its statistics (a dict of scalars); both add up.
 
     n_actions, n_values: how many tokens count in the whole minibatch, over all micro-batches and ranks.
@@ -353,15 +322,11 @@ def ppo_loss(cfg, new_logprobs, new_values, micro, n_actions, n_values, kl_slope
     actions, values = micro["mask"] / n_actions, micro["mask_p1"] / n_values  # weights (B, R), 0 where nothing counts
     logprobs, advantages, returns = micro["logprobs"], micro["advantages"], micro["returns"]
     new_logprobs = new_logprobs.where(micro["mask"], logprobs)  # what stands behind EOS must not overflow exp
-    three = new_logprobs, logprobs, advantages
-    if cfg.objective == "clip":
-        pg_loss = policy_loss(*three, cfg.cliprange, cfg.rollback)
-    elif cfg.objective == "penalty":
-        pg_loss = penalty_loss(*three, kl_slope)
-    else:
-        pg_loss = trust_region_loss(*three, cfg.kl_delta, cfg.rollback, kl_slope * (cfg.objective == "truly"))
+    pg_loss = policy_loss(new_logprobs, logprobs, advantages, cfg.cliprange, cfg.kl_delta, cfg.rollback)
     vf_loss = value_loss(new_values, micro["values"], returns, cfg.cliprange_value)
     loss = (pg_loss * actions).sum() + cfg.vf_coef * (vf_loss * values).sum()
+    if cfg.entropy_coef:
+        loss = loss - cfg.entropy_coef * (new_entropy * actions).sum()
     with torch.no_grad():
         ratio = torch.exp(new_logprobs - logprobs)
         stats = {
@@ -391,42 +356,35 @@ def ptx_update(run, cfg, policy, rows):
     return run.sum(parts)
 
 
-def ppo_update(run, cfg, policy, critic, queries, batch, ptx_rows=None, kl_slope=0.0):
+def ppo_update(run, cfg, policy, critic, queries, batch, ptx_rows=None):
     """n_epochs x n_minibatches optimizer steps on one batch; returns metrics: means over them, but for val/ratio,
     lr, grad_norm and loss/ptx_avg (the last step's). ptx_rows: as many rows for PPO-ptx.
     """
     lengths, n_steps = total_lengths(queries, batch["last"]), cfg.n_epochs * cfg.n_minibatches
-    learns, parts, metrics = run.step >= cfg.critic_steps, [], {}  # learns: does the policy, or the critic alone?
-    spread = (batch["entropy"] * batch["mask"]).sum() / batch["mask"].sum()
-    entropy_cost = cfg.entropy_coef * (1 if 0 < cfg.entropy_target < spread else -1)
+    learns, parts, metrics = run.step >= cfg.critic_steps, [], {}  # does the policy learn, or the critic alone?
     for epoch in range(cfg.n_epochs):
         order = np.random.default_rng((cfg.seed, run.step, epoch)).permutation(len(queries))
         for number, minibatch in enumerate(np.split(order, cfg.n_minibatches)):
-            n_actions, n_values = batch["mask"][minibatch].sum(), batch["mask_p1"][minibatch].sum()
-            micro_batches = run.share(lengths[minibatch], cfg.micro_batch_size)
-            for index in micro_batches:
+            n_actions, n_values, n_before = batch["mask"][minibatch].sum(), batch["mask_p1"][minibatch].sum(), len(parts)
+            for index in run.share(lengths[minibatch], cfg.micro_batch_size):
                 rows = minibatch[index]
                 micro = {name: x[rows] for name, x in batch.items()}
-                prompts = [queries[i] for i in rows]
+                prompts, n_vocab = [queries[i] for i in rows], run.tokenizer.n_vocab
                 ids, select, targets = model_inputs(prompts, micro["responses"], micro["last"], run.device)
                 micro = {name: x[:, : targets.shape[1]] if x.dim() == 2 else x for name, x in micro.items()}
-                new_logprobs, extra = micro["logprobs"], 0.0
-                if learns:
-                    logits, temperature, n_vocab = policy(ids, select), cfg.temperature, run.tokenizer.n_vocab
-                    new_logprobs = token_logprobs(logits, targets, temperature, n_vocab)
-                    if cfg.entropy_coef:
-                        bonus = (entropy(logits, temperature, n_vocab) * micro["mask"]).sum() / n_actions
-                        extra = entropy_cost * bonus
-                loss, stats = ppo_loss(cfg, new_logprobs, critic(ids, select), micro, n_actions, n_values, kl_slope)
-                runtime.backward(run, loss + extra)
-                # before any step of this update the ratio is 1, or rollout and update disagree
+                with torch.set_grad_enabled(learns):
+                    logits = policy(ids, select)
+                new_logprobs = token_logprobs(logits, targets, cfg.temperature, n_vocab)
+                spread = entropy(logits, cfg.temperature, n_vocab) if cfg.entropy_coef else 0.0
+                loss, stats = ppo_loss(cfg, new_logprobs, critic(ids, select), micro, n_actions, n_values, spread)
+                runtime.backward(run, loss)
+                # before any step of this update the ratio must be 1, or rollout and update disagree
                 ratio = stats["val/ratio_avg"] * (epoch == number == 0)
                 parts.append({"val/ratio": ratio} | {name: value / n_steps for name, value in stats.items()})
-            if cfg.target_kl and learns:
-                approxkl = run.sum(parts[-len(micro_batches) :])["policy/approxkl_avg"] * n_steps
-                if approxkl > 1.5 * cfg.target_kl:
-                    learns = False
-                    policy.zero_grad()
+            approxkl = run.sum(parts[n_before:])["policy/approxkl_avg"] * n_steps if cfg.target_kl else 0.0
+            if learns and approxkl > 1.5 * cfg.target_kl:
+                learns = False
+                policy.zero_grad()
             if ptx_rows and learns:
                 metrics = ptx_update(run, cfg, policy, ptx_rows.select(minibatch))
             metrics |= runtime.optimizer_step(run)
@@ -434,10 +392,9 @@ def ppo_update(run, cfg, policy, critic, queries, batch, ptx_rows=None, kl_slope
 
 
 def write_samples(run, queries, batch, n=4):
-    rows, tokenizer = [], run.tokenizer
-    for query, response, score, kl in zip(queries[:n], batch["responses"], batch["scores"], batch["kl"].sum(1)):
-        texts = dict(query=tokenizer.decode(query), response=tokenizer.decode(response))
-        rows.append(dict(step=run.step, **texts, score=score.item(), kl=kl.item()))
+    texts = ([run.tokenizer.decode(ids) for ids in column[:n]] for column in (queries, batch["responses"]))
+    columns = zip(*texts, batch["scores"].tolist(), batch["kl"].sum(1).tolist())
+    rows = [dict(step=run.step, query=q, response=r, score=s, kl=kl) for q, r, s, kl in columns]
     runtime.append_jsonl(run.out_dir / "samples.jsonl", rows)
 
 
@@ -446,7 +403,7 @@ def main(cfg, score=None):
 
     As with a reward model, a response without EOS scores missing_eos_score instead.
     """
-    counts = ("n_minibatches", "n_epochs", "response_length", "rollout_micro_batch_size", "kl_horizon", "reference_every")
+    counts = ("n_minibatches", "n_epochs", "response_length", "rollout_micro_batch_size", "kl_horizon")
     runtime.positive(cfg, "temperature", *counts)
     run = runtime.start(cfg, n_responses=0, n_minibatches=cfg.n_minibatches)
     if run is None:
@@ -460,26 +417,24 @@ def main(cfg, score=None):
     else:
         scorer = functools.partial(function_scores, score, run.tokenizer, run.device)
     trained_head = cfg.critic or (cfg.reward_model.split(",")[0] if score is None else "")
-    critic = runtime.load_model(run, ScalarModel, trained_head or cfg.model, trainable=True, new_head=not trained_head)
+    critic = runtime.load_model(run, ScalarModel, trained_head or cfg.model, trainable=True, random=None if trained_head else "score")
     ptx = run.load(cfg.ptx_data or cfg.data, cfg.train_split, n_responses=1) if cfg.ptx_coef else None
     models = {"policy": policy, "critic": critic} | ({"reference": reference} if moving else {})
     kl_control = FixedKLController(cfg.kl_coef)
     if cfg.kl_target:
         kl_control = AdaptiveKLController(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
-    state = {"kl_coef": cfg.kl_coef, "kl_slope": cfg.kl_slope, "moments": (0, 0.0, 0.0)}
+    state = {"kl_coef": cfg.kl_coef, "moments": (0, 0.0, 0.0)}
     for step in run.train(models, state, lrs={"critic": cfg.critic_lr}):
         kl_control.value = state["kl_coef"]
         queries = run.rows[run.batch()]["query"]
         batch = rollout(run, cfg, policy, reference, critic, scorer, queries, step)
-        batch, state["moments"] = prepare(cfg, batch, kl_control.value, state["moments"])
+        batch = prepare(cfg, batch, kl_control.value, state)
         metrics = {"episode": (step + 1) * cfg.batch_size} | rollout_metrics(cfg, batch, kl_control.value)
         ptx_rows = ptx and ptx.select(batch_rows(len(ptx), cfg.batch_size, step, cfg.seed + 1))
-        metrics |= ppo_update(run, cfg, policy, critic, queries, batch, ptx_rows, state["kl_slope"])
+        metrics |= ppo_update(run, cfg, policy, critic, queries, batch, ptx_rows)
         kl_control.update(metrics["objective/kl"], cfg.batch_size)
         state["kl_coef"] = kl_control.value
-        if cfg.objective == "penalty":
-            state["kl_slope"] = adapt_penalty(state["kl_slope"], metrics["policy/approxkl_avg"], cfg.kl_delta)
-        if moving and (step + 1) % cfg.reference_every == 0:
+        if moving:
             runtime.mix(reference, policy, cfg.reference_mix)
         run.log(metrics, watch=("objective/scores", "objective/kl", "val/eos_rate"))
         if run.is_main and cfg.samples_every and step % cfg.samples_every == 0:

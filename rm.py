@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import runtime
 from configurator import configure
@@ -67,41 +68,37 @@ def ranking_loss(rewards, target=1.0, counts=None, noise=0.0):
     return (losses * real).sum(1) / real.sum(1)
 
 
-def row_losses(cfg, rewards, rows):
-    """Losses (B,) of rows (a dict of columns) with rewards (B, K)."""
-    target, counts = torch.tensor(rows["target"]), torch.tensor([len(row) for row in rows["responses"]])
+def forward(cfg, model, rows, device):
+    """Reward the responses of rows (a dict of columns) in one forward pass.
+
+    Returns a dict of tensors (B,): loss, the best response's reward, and margin, its distance to the worst one's.
+    """
+    counts = [len(row) for row in rows["responses"]]
+    flat = [(query, response) for query, row in zip(rows["query"], rows["responses"]) for response in row]
+    rewards = last_scalars([model], device, *zip(*flat)).split(counts)
+    rewards = nn.utils.rnn.pad_sequence(rewards, batch_first=True)  # (B, K), 0 where a row has fewer
+    counts, target = torch.tensor(counts, device=device), torch.tensor(rows["target"], device=device)
     if cfg.target_clamp:
         target = target.clamp(0.5 - cfg.target_clamp, 0.5 + cfg.target_clamp)
-    target, counts = target.float()[:, None].to(rewards.device), counts.to(rewards.device)
-    return ranking_loss(rewards, target, counts, cfg.label_noise)
-
-
-def rewards_of(model, rows, width, device):
-    """Rewards (B, K = width) of the rows' responses in one forward pass; 0 where a row has fewer."""
-    flat = [(query, response) for query, row in zip(rows["query"], rows["responses"]) for response in row]
-    rewards = last_scalars([model], device, *zip(*flat)).split([len(row) for row in rows["responses"]])
-    return torch.stack([F.pad(row, (0, width - len(row))) for row in rewards])
+    loss = ranking_loss(rewards, target[:, None], counts, cfg.label_noise)
+    return dict(loss=loss, best=rewards[:, 0], margin=rewards[:, 0] - rewards.gather(1, counts[:, None] - 1)[:, 0])
 
 
 def update(run, cfg, model, rows):
-    """Accumulate the gradient of the batch `rows`; returns its loss, and accuracy and mean margin of best against worst."""
+    """Accumulate the gradient of the batch `rows`; returns its loss, accuracy and mean margin (best against worst)."""
     parts = []
     for index in run.share(rows["length"], cfg.micro_batch_size):
-        micro = rows[index]
-        counts = [len(row) for row in micro["responses"]]
-        rewards = rewards_of(model, micro, max(counts), run.device)  # (B, K)
-        loss = row_losses(cfg, rewards, micro).sum() / cfg.batch_size
+        out = forward(cfg, model, rows[index], run.device)
+        loss = out["loss"].sum() / cfg.batch_size
         runtime.backward(run, loss)
-        margin = rewards[:, 0] - rewards[range(len(counts)), [count - 1 for count in counts]]
-        accuracy = (margin > 0).sum() / cfg.batch_size
-        parts.append({"loss/rm": loss, "train/accuracy": accuracy, "train/margin": margin.sum() / cfg.batch_size})
+        accuracy = (out["margin"] > 0).sum() / cfg.batch_size
+        parts.append({"loss/rm": loss, "train/accuracy": accuracy, "train/margin": out["margin"].sum() / cfg.batch_size})
     return run.sum(parts)
 
 
 def predict(run, cfg, model, rows):
-    """Rewards (n, K) of every row of a data set, on every rank; 0 where a row has fewer than K."""
-    width = max(map(len, rows["responses"]))
-    return run.map_rows(lambda index: rewards_of(model, rows[index], width, run.device), rows["length"], cfg.micro_batch_size)
+    """What `forward` returns, for every row of a data set, on every rank: a dict of tensors (n,)."""
+    return run.map_rows(lambda index: forward(cfg, model, rows[index], run.device), rows["length"], cfg.micro_batch_size)
 
 
 @torch.no_grad()
@@ -111,7 +108,7 @@ def normalize(run, cfg, model, rows):
     With cfg.normalize_std the weight too, for a standard deviation of 1 (arXiv:1909.08593: gain and bias).
     Returns their mean and standard deviation as they were before.
     """
-    rewards = predict(run, cfg, model, rows).double()
+    rewards = predict(run, cfg, model, rows)["best"].double()
     mean, std = rewards.mean().item(), rewards.std(correction=0).item()
     model.score.bias.sub_(mean)
     if cfg.normalize_std:
@@ -126,14 +123,14 @@ def eos_rewards(run, cfg, model, rows):
     def read(index):
         micro = rows[index]
         ids, select, _, mask = collate(micro["query"], [row[0] for row in micro["responses"]], run.device)
-        rewards, counts = model(ids, (select + 1).clamp(max=ids.shape[1] - 1)) * mask, mask.sum(1)
-        at_eos = rewards.gather(1, counts[:, None] - 1)[:, 0]
-        negative = (rewards < 0).sum(1) - (at_eos < 0).long()
-        return {"eos": at_eos, "others": rewards.sum(1) - at_eos, "negative": negative, "n": counts - 1}
+        rewards, n = model(ids, (select + 1).clamp(max=ids.shape[1] - 1)) * mask, mask.sum(1)
+        at_eos = rewards.gather(1, n[:, None] - 1)[:, 0]
+        elsewhere, negative = rewards.sum(1) - at_eos, (rewards < 0).sum(1) - (at_eos < 0).int()
+        n = (n - 1).clamp(min=1)
+        return {"at_eos": at_eos, "elsewhere": elsewhere / n, "elsewhere_negative": negative / n}
 
-    sums = {name: x.sum().item() for name, x in run.map_rows(read, rows["length"], cfg.micro_batch_size).items()}
-    others, negative = (sums[name] / sums["n"] for name in ("others", "negative"))
-    return {"reward/at_eos": sums["eos"] / len(rows), "reward/elsewhere": others, "reward/elsewhere_negative": negative}
+    means = run.map_rows(read, rows["length"], cfg.micro_batch_size)
+    return {f"reward/{name}": x.mean().item() for name, x in means.items()}
 
 
 def main(cfg):
@@ -144,7 +141,7 @@ def main(cfg):
         draws = np.random.default_rng((cfg.seed, 1)).integers(len(run.rows), size=len(run.rows))
         run.rows = run.rows.select(draws)
     references = cfg.normalize_data and run.load(cfg.normalize_data, cfg.normalize_split, n_responses=1)
-    model = runtime.load_model(run, ScalarModel, cfg.model, trainable=True, new_head=True)
+    model = runtime.load_model(run, ScalarModel, cfg.model, trainable=True, random="score")
     for step in run.train({"model": model}):
         if step == 0 and references and cfg.normalize_std:
             normalize(run, cfg, model, references)
@@ -153,13 +150,12 @@ def main(cfg):
     metrics, details, table = {}, {}, {}
     if references:
         metrics = normalize(run, cfg, model, references)
-        after = predict(run, cfg, model, references).double()
+        after = predict(run, cfg, model, references)["best"].double()
         details = {"normalize/mean_after": after.mean().item(), "normalize/std_after": after.std(correction=0).item()}
     if run.held_out:
-        rewards = predict(run, cfg, model, run.held_out)
-        table = accuracy_table(run.held_out, rewards[:, 0] - rewards[:, 1])
-        losses = row_losses(cfg, rewards, run.held_out)
-        metrics |= {"eval/accuracy": table["all"]["accuracy"], "eval/loss": losses.mean().item()}
+        out = predict(run, cfg, model, run.held_out)
+        table = accuracy_table(run.held_out, out["margin"])
+        metrics |= {"eval/accuracy": table["all"]["accuracy"], "eval/loss": out["loss"].mean().item()}
         details |= eos_rewards(run, cfg, model, run.held_out.select(range(min(1024, len(run.held_out)))))
     runtime.report(run, metrics, table, **details)
     runtime.export(run, model)

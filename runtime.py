@@ -21,12 +21,15 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 from configurator import UserError, check
 from data import Tokenizer, batch_rows, load_rows, pad_right
 from model import GPTNeoXConfig, find_model, full, generate, init_weights, load_weights, read_json, write_json
+
+
+LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
 @dataclass
@@ -66,16 +69,13 @@ class TrainConfig(RunConfig):
     max_grad_norm: float = 0.0  # clip the gradient's global norm; 0: do not clip
     save_every: int = 0  # updates between resumable checkpoints; 0: none, only the final model
     keep_checkpoints: int = 2  # how many of them to keep
-    wandb: str = ""  # a Weights & Biases project to log to as well
 
 
 class Run:
     """This process's place in the world, and the run's directory."""
 
     def __init__(self, cfg):
-        self.cfg, self.out_dir, self.bar, self.wandb = cfg, Path(cfg.out_dir), None, None
-        if cfg.seed < 0:
-            raise UserError(f"seed must not be negative, got {cfg.seed}")
+        self.cfg, self.out_dir, self.bar = cfg, Path(cfg.out_dir), None
         kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         if kind == "cuda" and not torch.cuda.is_available():
             raise UserError("device 'cuda' is not there; use --device=cpu, or run on a machine with a GPU")
@@ -85,12 +85,10 @@ class Run:
         if kind == "cuda":
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
-            backend = "nccl" if kind == "cuda" else "gloo"
-            if "RANK" in os.environ:  # torchrun; all wait while rank 0 fetches and tokenises
-                device = self.device if kind == "cuda" else None
-                dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=device)
-            else:
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            backend, device = ("nccl", self.device) if kind == "cuda" else ("gloo", None)
+            alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+            # under torchrun all wait while rank 0 fetches and tokenises
+            dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=device, **alone)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.is_main = self.rank == 0
         self.mesh = init_device_mesh(kind, (self.size,))
@@ -141,10 +139,10 @@ class Run:
 
     def load(self, source, split, **options):
         """`load_rows`; rank 0 goes first, the others then find its cache."""
-        if not self.is_main:
-            dist.barrier()
-        rows = load_rows(source, split, self.tokenizer, max_query_tokens=self.cfg.max_query_tokens, **options)
-        if self.is_main:
+        options["max_query_tokens"] = self.cfg.max_query_tokens
+        for turn in (True, False):
+            if self.is_main == turn:
+                rows = load_rows(source, split, self.tokenizer, **options)
             dist.barrier()
         return rows
 
@@ -175,13 +173,9 @@ class Run:
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise UserError(f"step {self.step}: {name} is {value}; lower lr, or look at the rows of that step")
-        if not self.is_main:
-            return
-        append_jsonl(self.out_dir / "metrics.jsonl", [{"step": self.step, **metrics}])
-        if self.bar is not None:
-            self.bar.set_postfix({name.split("/")[-1]: f"{metrics[name]:.4g}" for name in watch})
-        if self.wandb is not None:
-            self.wandb.log(metrics, step=self.step)
+        if self.is_main:
+            append_jsonl(self.out_dir / "metrics.jsonl", [{"step": self.step, **metrics}])
+        self.bar.set_postfix({name.split("/")[-1]: f"{metrics[name]:.4g}" for name in watch})
 
 
 def start(cfg, n_responses, tokenizer="", n_minibatches=1, **options):
@@ -197,15 +191,21 @@ def start(cfg, n_responses, tokenizer="", n_minibatches=1, **options):
             print(f"{run.out_dir}/final is there already; to train again, choose another out_dir")
         run.close()
         return None
-    if run.is_main and cfg.wandb:
-        import wandb
-
-        run.wandb = wandb.init(project=cfg.wandb, name=run.out_dir.name, config=asdict(cfg))
     run.tokenizer = Tokenizer.load(tokenizer or cfg.model)
     options |= dict(n_responses=n_responses, max_length=cfg.max_length, drop_long=cfg.drop_long)
     run.rows = run.load(cfg.data, cfg.train_split, **options)
     run.held_out = cfg.eval_split and run.load(cfg.data, cfg.eval_split, **options)
-    run.total = count_updates(run, n_minibatches)
+    parts, n_rows = n_minibatches * run.size, cfg.episodes or len(run.rows)
+    positive(cfg, "batch_size", "micro_batch_size")
+    if cfg.batch_size % parts:
+        across = f"{n_minibatches} minibatches x {run.size} processes"
+        raise UserError(f"batch_size {cfg.batch_size} does not divide by {across}; make it a multiple of {parts}")
+    run.total = n_rows // cfg.batch_size
+    if run.total < 1:
+        raise UserError(f"{n_rows} rows are less than a batch of {cfg.batch_size}; lower batch_size")
+    if run.is_main:
+        shares = f"{n_minibatches} minibatches x {run.size} processes x {cfg.batch_size // parts} rows"
+        print(f"{run.total} updates of {shares}, in micro-batches of up to {cfg.micro_batch_size}")
     return run
 
 
@@ -256,24 +256,25 @@ def append_jsonl(path, rows):
 # ---------------------------------------------------------------------------- models
 
 
-def load_model(run, cls, source, trainable=False, new_head=False, scratch=None):
+def load_model(run, cls, source, trainable=False, random=None):
     """Build a sharded model; each rank reads only its own rows of the weights.
 
     trainable: float32 masters; a frozen model is kept in the compute dtype.
-    new_head:  take only the body from `source`, which is a model of the other kind; the head is random.
-    scratch:   a GPTNeoXConfig: random weights instead of `source`.
+    random: draw the tensors whose names begin with this, and read the others: "score" puts a new head on the body
+            of a model of the other kind, with "" all are drawn.
     """
-    directory = None if scratch else find_model(source)
+    directory = find_model(source)
     with torch.device("meta"):
-        model = cls(scratch or GPTNeoXConfig.from_directory(directory))
+        model = cls(GPTNeoXConfig.from_directory(directory))
+    if model.config.vocab_size < run.tokenizer.n_vocab:
+        sizes = f"vocab_size {model.config.vocab_size} is less than the tokenizer's {run.tokenizer.n_vocab}"
+        raise UserError(f"{directory}: {sizes}; use the model's own tokenizer")
     shard(model, run, torch.float32 if trainable else run.dtype)
     model.to_empty(device=run.device)
-    if scratch:
-        init_weights(model, run.cfg.seed)
-    else:
-        load_weights(model, directory, new_head)
-    if new_head:
-        init_weights(model, run.cfg.seed, only="score")
+    if random is not None:
+        init_weights(model, run.cfg.seed, only=random)
+    if random != "":
+        load_weights(model, directory, new_head=random is not None)
     return model.requires_grad_(trainable)
 
 
@@ -294,13 +295,13 @@ def shard(model, run, master_dtype):
 
 @contextlib.contextmanager
 def gathered(model):
-    """Keep the parameters whole on every rank, so that generation needs no collective per token."""
+    """Keep the parameters whole on every rank, so that generation needs no collective per token.
+
+    They are sharded again by the next forward pass after it, which in a rollout follows at once.
+    """
     model.set_reshard_after_forward(False)
     yield
     model.set_reshard_after_forward(True)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def generate_rows(run, model, queries, draws, temperature, stop, micro_batch_size):
@@ -311,15 +312,13 @@ def generate_rows(run, model, queries, draws, temperature, stop, micro_batch_siz
 
     def sample(index):
         ids, lengths = pad_right([queries[i] for i in index])
-        responses, logprobs = generate(
-            model, ids.to(run.device), lengths.to(run.device), draws.shape[1], temperature,
-            draws[index].to(run.device), stop, run.tokenizer.n_vocab, return_logprobs=True,
-        )  # fmt: skip
-        return {"responses": responses, "logprobs": logprobs}
+        ids, lengths, draw = (x.to(run.device) for x in (ids, lengths, draws[index]))
+        n_vocab, R = run.tokenizer.n_vocab, draws.shape[1]
+        out = generate(model, ids, lengths, R, temperature, draw, stop, n_vocab, return_logprobs=True)
+        return dict(zip(("responses", "logprobs"), out))
 
     with gathered(model):
-        rows = run.map_rows(sample, [len(query) for query in queries], micro_batch_size)
-    return rows["responses"], rows["logprobs"]
+        return run.map_rows(sample, [len(query) for query in queries], micro_batch_size).values()
 
 
 # ---------------------------------------------------------------------------- the optimizer
@@ -329,13 +328,11 @@ def make_optimizer(cfg, models, lrs):
     """AdamW with a group per model; frozen models have none. Its state is there from the start, so that a
     checkpoint holds that of every parameter, also of those that have not had a gradient yet.
     """
-    groups = []
-    for name, model in models.items():
-        params = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        groups += [dict(params=params, initial_lr=lrs.get(name) or cfg.lr)] if params else []
+    trained = {name: model for name, model in models.items() if next(model.parameters()).requires_grad}
+    groups = [dict(params=model.parameters(), initial_lr=lrs.get(name) or cfg.lr) for name, model in trained.items()]
     betas = (cfg.adam_beta1, cfg.adam_beta2)
     optimizer = torch.optim.AdamW(groups, cfg.lr, betas, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
-    for parameter in (parameter for group in groups for parameter in group["params"]):
+    for parameter in nn.ModuleDict(trained).parameters():
         zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
     return optimizer
@@ -386,22 +383,6 @@ def optimizer_step(run):
     return {"lr": optimizer.param_groups[0]["lr"], "grad_norm": norm.item()}
 
 
-def count_updates(run, n_minibatches):
-    """The number of updates in the run; checks how a batch is divided, and prints that once."""
-    cfg, parts, n_rows = run.cfg, n_minibatches * run.size, run.cfg.episodes or len(run.rows)
-    positive(cfg, "batch_size", "micro_batch_size")
-    if cfg.batch_size % parts:
-        across = f"{n_minibatches} minibatches x {run.size} processes"
-        raise UserError(f"batch_size {cfg.batch_size} does not divide by {across}; make it a multiple of {parts}")
-    total, rows = n_rows // cfg.batch_size, cfg.batch_size // parts
-    if total < 1:
-        raise UserError(f"{n_rows} rows are less than a batch of {cfg.batch_size}; lower batch_size")
-    if run.is_main:
-        micro = f"in micro-batches of {min(cfg.micro_batch_size, rows)}"
-        print(f"{total} updates of {n_minibatches} minibatches x {run.size} processes x {rows} rows, {micro}")
-    return total
-
-
 # ---------------------------------------------------------------------------- checkpoints
 
 
@@ -417,7 +398,8 @@ def save_checkpoint(run, step, state):
     weights, moments = get_state_dict(run.models, run.optimizer)
     dcp.save({"models": weights, "optimizer": moments}, checkpoint_id=temporary)
     if run.is_main:
-        write_json(temporary / "state.json", {"step": step, **state})
+        sizes = {path.name: path.stat().st_size for path in map(run.out_dir.joinpath, LOGS) if path.exists()}
+        write_json(temporary / "state.json", {"step": step, "sizes": sizes, **state})
         temporary.rename(final)
         for old in list_checkpoints(run)[: -max(1, run.cfg.keep_checkpoints)]:
             shutil.rmtree(old)
@@ -433,22 +415,18 @@ def resume(run, state):
 
     metrics.jsonl and samples.jsonl go back to that step, so that a resumed run writes what an unbroken one would.
     """
-    found, step = list_checkpoints(run), 0
+    found, step, sizes = list_checkpoints(run), 0, {}
     if found:
         weights, moments = get_state_dict(run.models, run.optimizer)
         dcp.load({"models": weights, "optimizer": moments}, checkpoint_id=found[-1])
         set_state_dict(run.models, run.optimizer, model_state_dict=weights, optim_state_dict=moments)
         state.update(read_json(found[-1] / "state.json"))
-        step = state.pop("step")
+        step, sizes = state.pop("step"), state.pop("sizes")
     dist.barrier()
     if run.is_main:
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            path = run.out_dir / name
+        for path in map(run.out_dir.joinpath, LOGS):
             if path.exists():
-                lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline is torn
-                kept = [line + "\n" for line in lines if json.loads(line)["step"] < step]
-                path.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
-                path.with_suffix(".tmp").replace(path)
+                os.truncate(path, sizes.get(path.name, 0))
         if found:
             print(f"resumed from {found[-1]}", flush=True)
     return step

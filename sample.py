@@ -23,13 +23,12 @@ from model import GPTNeoX, ScalarModel, token_logprobs, write_json
 
 @dataclass
 class Config(runtime.RunConfig):
-    model: str = "out/ppo_1b/final"  # what to sample from: hub id or directory
-    reward_model: str = ""  # scores responses and references, if given
+    model: str = "out/ppo_1b/final"  # what to sample from: hub id or directory; of a,b,c the one with the best score
+    reward_model: str = ""  # scores responses and references, if given; a,b,c: the mean of these
     reference: str = ""  # KL is measured to this model, if given
     prompt: str = ""  # a text to continue as it stands, or - for those that stdin has, one per line; empty: use data
     data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # hub id, directory or file with {split}
-    split: str = "validation"  # the rows to sample for
-    n_rows: int = 0  # sample for the first so many rows; 0: all
+    split: str = "validation"  # the rows to sample for; validation[:100]: the first hundred
     response_length: int = 53  # tokens sampled at most
     temperature: float = 0.7  # 0: greedy
     micro_batch_size: int = 64  # rows per forward pass and process
@@ -52,9 +51,9 @@ def measure(run, cfg, function, queries, responses):
     lengths = [len(query) + len(response) for query, response in zip(queries, responses)]
 
     def apply(index):
-        return {"x": function([queries[i] for i in index], [responses[i] for i in index])}
+        return function([queries[i] for i in index], [responses[i] for i in index])
 
-    return run.map_rows(apply, lengths, cfg.micro_batch_size)["x"].tolist()
+    return run.map_rows(apply, lengths, cfg.micro_batch_size).tolist()
 
 
 def log_ratio(model, reference, device, temperature, n_vocab, queries, responses):
@@ -81,51 +80,59 @@ def rouge(references, responses):
 
 def evaluate(run, cfg, model):
     """Sample for a split; returns (one dict per row, the summary), the same on every rank."""
-    tokenizer, rows = run.tokenizer, run.load(cfg.data, cfg.split, n_responses=1)
-    rows = rows[: cfg.n_rows or len(rows)]
+    tokenizer, rows = run.tokenizer, run.load(cfg.data, cfg.split, n_responses=1)[:]
     queries, references = rows["query"], [responses[0] for responses in rows["responses"]]
     responses = sample(run, cfg, model, queries)
-    columns = {name: [tokenizer.decode(ids) for ids in column]
-               for name, column in dict(query=queries, response=responses, reference=references).items()}  # fmt: skip
+    ids = {"query": queries, "response": responses, "reference": references}
+    columns = {name: [tokenizer.decode(row) for row in column] for name, column in ids.items()}
     columns["tokens"] = [len(response) for response in responses]
     columns["eos"] = [response[-1] == tokenizer.eos_id for response in responses]
-    reference_tokens = float(np.mean([len(reference) for reference in references]))
-    summary = rouge(columns["reference"], columns["response"]) | {"reference_tokens": reference_tokens}
+    summary = rouge(columns["reference"], columns["response"])
+    summary["reference_tokens"] = float(np.mean([len(reference) for reference in references]))
     if cfg.reward_model:
-        reward_model = runtime.load_model(run, ScalarModel, cfg.reward_model)
+        judges = [runtime.load_model(run, ScalarModel, source) for source in cfg.reward_model.split(",")]
         for name, texts in (("score", responses), ("reference_score", references)):
-            columns[name] = measure(run, cfg, functools.partial(last_scalars, [reward_model], run.device), queries, texts)
+            columns[name] = measure(run, cfg, functools.partial(last_scalars, judges, run.device), queries, texts)
     if cfg.reference:
         anchor = runtime.load_model(run, GPTNeoX, cfg.reference)
         ratio = functools.partial(log_ratio, model, anchor, run.device, cfg.temperature, tokenizer.n_vocab)
         columns["kl"] = measure(run, cfg, ratio, queries, responses)
-    means = {name: float(np.mean(column)) for name, column in columns.items() if not isinstance(column[0], str)}
+    means = {name: float(np.mean(column)) for name, column in columns.items() if name not in ids}
     return [dict(zip(columns, values)) for values in zip(*columns.values())], {"n": len(queries), **means, **summary}
+
+
+def complete(run, cfg, model):
+    """Print a response to cfg.prompt, or to each line of stdin."""
+    if run.size > 1:
+        raise UserError("a prompt is for one process; start it without torchrun")
+    texts = (line.rstrip("\n") for line in sys.stdin) if cfg.prompt == "-" else [cfg.prompt]
+    for number, text in enumerate(filter(str.strip, texts)):
+        response = sample(run, cfg, model, [run.tokenizer.encode(text)], number)[0]
+        print(run.tokenizer.decode(response), flush=True)
 
 
 def main(cfg):
     runtime.positive(cfg, "response_length", "micro_batch_size")
-    run = runtime.Run(cfg)
+    run, sources, results = runtime.Run(cfg), cfg.model.split(","), []
+    if len(sources) > 1 and (cfg.prompt or not cfg.reward_model):
+        raise UserError("several models can be compared on data, by a reward_model; give one, or a single model")
     if cfg.out_dir and not cfg.prompt:
         runtime.open_directory(run)
-    run.tokenizer = Tokenizer.load(cfg.model)
-    model = runtime.load_model(run, GPTNeoX, cfg.model)
-    if cfg.prompt:
-        if run.size > 1:
-            raise UserError("a prompt is for one process; start it without torchrun")
-        texts = (line.rstrip("\n") for line in sys.stdin) if cfg.prompt == "-" else [cfg.prompt]
-        for number, text in enumerate(filter(str.strip, texts)):
-            response = sample(run, cfg, model, [run.tokenizer.encode(text)], number)[0]
-            print(run.tokenizer.decode(response), flush=True)
-    else:
-        rows, summary = evaluate(run, cfg, model)
+    run.tokenizer = Tokenizer.load(sources[0])
+    for source in sources:
+        model = runtime.load_model(run, GPTNeoX, source)
+        if cfg.prompt:
+            complete(run, cfg, model)
+            continue
+        results.append(evaluate(run, cfg, model))
         if run.is_main:
-            print("\n".join(f"{name:18} {value:10.4f}" for name, value in summary.items()))
-            if cfg.out_dir:
-                (run.out_dir / "samples.jsonl").unlink(missing_ok=True)
-                runtime.append_jsonl(run.out_dir / "samples.jsonl", rows)
-                write_json(run.out_dir / "summary.json", summary)
-                print(f"wrote {run.out_dir}/samples.jsonl")
+            print("\n".join(f"{name:18} {value:10.4f}" for name, value in results[-1][1].items()), source, sep="\n")
+    if results and cfg.out_dir and run.is_main:
+        rows, summary = max(results, key=lambda result: result[1].get("score", 0))
+        (run.out_dir / "samples.jsonl").unlink(missing_ok=True)
+        runtime.append_jsonl(run.out_dir / "samples.jsonl", rows)
+        write_json(run.out_dir / "summary.json", {"model": sources[results.index((rows, summary))], **summary})
+        print(f"wrote {run.out_dir}/samples.jsonl")
     run.close()
 
 

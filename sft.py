@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import runtime
-from configurator import UserError, configure
+from configurator import configure
 from data import collate
-from model import GPTNeoX, GPTNeoXConfig, token_logprobs
+from model import GPTNeoX, token_logprobs
 
 
 @dataclass
@@ -26,17 +26,12 @@ class Config(runtime.TrainConfig):
     data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # hub id, directory, or file with {split} in its path
     batch_size: int = 128  # rows per update, over all processes
     max_length: int = 562  # tokens of query + response; a longer row is an error; 0: any
-    eval_rows: int = 0  # evaluate on the first so many rows; 0: all
     eval_every: int = 0  # updates between evaluations; 0: only after the last
     export_every: int = 0  # updates between models in out_dir/step_N, for sample.py to choose from; 0: only the last
     loss_on: Literal["all", "response"] = "all"  # all: query and response, as the reference; response: the response alone
     reduction: Literal["sequence", "token"] = "sequence"  # mean over rows of each row's mean, as the reference; or over all
     tokenizer: str = ""  # hub id, directory or tokenizer.json; empty: the model's
-    scratch: bool = False  # random weights, of the shape below, instead of `model`
-    hidden_size: int = 128  # width, with `scratch`
-    num_hidden_layers: int = 6  # blocks, with `scratch`
-    num_attention_heads: int = 4  # heads in each block, with `scratch`
-    vocab_size: int = 0  # embeddings, with `scratch`; 0: the tokenizer's, rounded up to a multiple of 128
+    scratch: bool = False  # begin with random weights; of `model` only config.json is read
 
 
 def loss_weights(mask, reduction, n_rows, n_tokens):
@@ -82,32 +77,20 @@ def evaluate(run, cfg, model, rows):
     return {"eval/loss": loss.item()}
 
 
-def from_scratch(cfg, tokenizer):
-    vocab_size = cfg.vocab_size or -(-tokenizer.n_vocab // 128) * 128
-    if vocab_size < tokenizer.n_vocab:
-        raise UserError(f"vocab_size {vocab_size} is less than the tokenizer's {tokenizer.n_vocab}; use 0")
-    return GPTNeoXConfig(vocab_size, cfg.hidden_size, cfg.num_hidden_layers, cfg.num_attention_heads)
-
-
 def main(cfg):
     run = runtime.start(cfg, n_responses=1, tokenizer=cfg.tokenizer)
     if run is None:
         return
-    held_out = run.held_out
-    if held_out and cfg.eval_rows > 0:
-        held_out = held_out.select(range(min(cfg.eval_rows, len(held_out))))
-    scratch = from_scratch(cfg, run.tokenizer) if cfg.scratch else None
-    model = runtime.load_model(run, GPTNeoX, cfg.model, trainable=True, scratch=scratch)
+    model = runtime.load_model(run, GPTNeoX, cfg.model, trainable=True, random="" if cfg.scratch else None)
     for step in run.train({"model": model}):
-        metrics = {}
-        if held_out and cfg.eval_every and step % cfg.eval_every == 0:
-            metrics |= evaluate(run, cfg, model, held_out)
+        now = run.held_out and cfg.eval_every and step % cfg.eval_every == 0
+        metrics = evaluate(run, cfg, model, run.held_out) if now else {}
         metrics |= update(run, cfg, model, run.rows.select(run.batch()))
         run.log(metrics | runtime.optimizer_step(run), watch=("loss/sft", "lr"))
         if cfg.export_every and (step + 1) % cfg.export_every == 0:
             runtime.export(run, model, f"step_{step + 1}")
-    if held_out:
-        run.log(evaluate(run, cfg, model, held_out), watch=("eval/loss",))
+    if run.held_out:
+        run.log(evaluate(run, cfg, model, run.held_out), watch=("eval/loss",))
     runtime.export(run, model)
     run.close()
 

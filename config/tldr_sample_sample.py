@@ -6,4 +6,4 @@ data = _data + "/tldr_sample/sft_{split}.jsonl"
 reward_model = "out/tldr_sample/rm/final"
 reference = "out/tldr_sample/sft/final"
 micro_batch_size = 16
-n_rows = 64
+split = "validation[:64]"

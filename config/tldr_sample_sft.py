@@ -2,11 +2,11 @@
 import os
 
 _data = os.environ.get("NPLUS_DATA", "../shared/data")  # pythia_tokenizer.json and tldr_sample/
+model = "config/pythia_14m"
+scratch = True
 tokenizer = f"{_data}/pythia_tokenizer.json"
 data = _data + "/tldr_sample/sft_{split}.jsonl"
 out_dir = "out/tldr_sample/sft"
-scratch = True  # 6 layers of width 128
-vocab_size = 50304
 loss_on = "response"  # a tenth of the tokens, and so of the time in the LM head
 episodes = 3 * 1362
 batch_size = 16

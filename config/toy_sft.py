@@ -2,14 +2,12 @@
 import os
 
 _out = os.environ.get("TOY_OUT", "out/toy")
+model = "config/toy_model"
+scratch = True  # a model of 1.0 million parameters
 tokenizer = f"{_out}/data"
 data = _out + "/data/sft_{split}.jsonl"
 out_dir = f"{_out}/sft"
 seed = 1
-scratch = True  # a model of 1.0 million parameters
-hidden_size = 128
-num_hidden_layers = 4
-num_attention_heads = 4
 loss_on = "response"  # with the query in the loss it takes twice as long until words are copied
 episodes = 500 * 32
 batch_size = 32

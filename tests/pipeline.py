@@ -28,6 +28,8 @@ class Pipeline:
     def __init__(self, directory):
         self.directory = directory
         self.data = make_data(directory / "data")
+        shape = dict(vocab_size=896, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+        (self.data / "config.json").write_text(json.dumps(shape))
         self.sft, self.rm = directory / "sft" / "final", directory / "rm" / "final"
         # 40 updates: enough that the policy sometimes ends its response
         sft.main(self.config(sft, "sft", episodes=320, lr=5e-3))
@@ -36,8 +38,7 @@ class Pipeline:
     def config(self, stage, name, **changes):
         posts, pairs = (f"{self.data}/{kind}_{{split}}.jsonl" for kind in ("sft", "comparisons"))
         values = dict(
-            sft=dict(scratch=True, hidden_size=32, num_hidden_layers=2, tokenizer=str(self.data), data=posts,
-                     loss_on="response"),
+            sft=dict(scratch=True, model=str(self.data), data=posts, loss_on="response"),
             rm=dict(model=str(self.sft), data=pairs, normalize_data=posts, normalize_split="train"),
             ppo=dict(model=str(self.sft), reward_model=str(self.rm), data=posts, response_length=10,
                      rollout_micro_batch_size=3),
