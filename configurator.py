@@ -16,8 +16,9 @@ import math
 import re
 import sys
 from types import ModuleType
-from typing import get_args
+from typing import NewType, get_args
 
+Count, Positive = NewType("Count", int), NewType("Positive", float)  # an int from 1, a float above 0
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
@@ -32,7 +33,7 @@ class UserError(SystemExit):
 def configure(Config, argv=None):
     """Build `Config` from its defaults, then config files, then --key=value.
 
-    Config: a dataclass whose fields are int, float, bool, str, or a Literal of some texts.
+    Config: a dataclass whose fields are int (from 0), Count, float, Positive, bool, str, or a Literal of some texts.
     argv:   arguments; None means sys.argv[1:]. `--flag` alone means True; `--help` prints the fields and exits.
     Raises UserError for an unknown key, a wrong type or an unreadable file.
     """
@@ -91,7 +92,7 @@ def parse(field, text):
     if text is None:
         raise UserError(f"--{field.name} needs a value, for example --{field.name}={field.default}")
     try:
-        value = {int: int, float: float}.get(field.type, str)(text)
+        value = {int: int, Count: int, float: float, Positive: float}.get(field.type, str)(text)
     except ValueError:
         value = text  # of the wrong type
     return check(field, value)
@@ -100,13 +101,14 @@ def parse(field, text):
 def check(field, value, where="command line"):
     """Return `value` if it has the field's type (an int is accepted for a float); else raise UserError."""
     choices = get_args(field.type)
-    kind = str if choices else field.type
+    kind = str if choices else getattr(field.type, "__supertype__", field.type)
+    wanted = {int: "int from 0", Count: "int from 1", float: "finite float", Positive: "finite float above 0"}
+    low = {int: 0, Count: 1, Positive: math.ulp(0.0)}.get(field.type, -math.inf)
     if kind is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)) or (kind is int and value < 0):
-        wanted = {float: "finite float", int: "int from 0"}.get(kind, kind.__name__)
-        found = f"got {type(value).__name__} ({value!r})"
-        raise UserError(f"{where}: '{field.name}' takes {wanted}, {found}; write for example {field.default!r}")
+    if type(value) is not kind or (kind in (int, float) and not low <= value < math.inf):
+        takes = f"takes {wanted.get(field.type, kind.__name__)}, got {type(value).__name__} ({value!r})"
+        raise UserError(f"{where}: '{field.name}' {takes}; write for example {field.default!r}")
     if choices and value not in choices:
         raise UserError(f"{where}: '{field.name}' is {value!r}; use one of {', '.join(choices)}")
     return value

@@ -58,8 +58,7 @@ class Tokenizer:
             self._encoding = tiktoken.Encoding(path, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
             self._bytes = {id: token for token, id in ranks.items()}
             self._bytes.update({id: text.encode() for text, id in self._runs.items()})
-            runs = "|".join(map(re.escape, sorted(self._runs, key=len, reverse=True))) or "(?!)"
-            self._split, self.eos_id = re.compile(f"({runs})"), special[EOS]
+            self._special, self.eos_id = special, special[EOS]
             self.n_vocab = max(*self._bytes, *special.values()) + 1
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: not a byte-level BPE tokenizer like Pythia's ({error!r})") from None
@@ -75,15 +74,13 @@ class Tokenizer:
     @staticmethod
     def _check(spec):
         """Refuse what would be encoded differently from the library, rather than encode it wrongly."""
-        model, split = spec["model"], spec["pre_tokenizer"]
+        model, pre = spec["model"], spec["pre_tokenizer"]
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         order = [model["vocab"]["".join(merge)] for merge in merges]
         supported = {
             "model.type": model["type"] == "BPE" and not model.get("byte_fallback") and not model.get("ignore_merges"),
             "normalizer": spec["normalizer"]["type"] == "NFC",
-            "pre_tokenizer": split["type"] == "ByteLevel"
-            and not split["add_prefix_space"]
-            and split.get("use_regex", True),
+            "pre_tokenizer": pre["type"] == "ByteLevel" and not pre["add_prefix_space"] and pre.get("use_regex", True),
             "merges (not in the order of their ids)": order == sorted(order),
             "added_tokens": not any(t["single_word"] or t["lstrip"] or t["rstrip"] for t in spec["added_tokens"]),
         }
@@ -91,17 +88,29 @@ class Tokenizer:
             if not fits:
                 raise ValueError(f"unsupported {what}")
 
-    def encode(self, text):
-        """Token ids of `text`. Special tokens in it are ordinary text: a post may quote <|endoftext|>."""
+    def encode(self, text, special=False):
+        """Token ids of `text`. special: let <|endoftext|> and its like in the text become their ids.
+
+        By default they are ordinary text: a post that quotes <|endoftext|> must not end the query.
+        """
+        if special:
+            parts = [[self._special.get(p)] if p in self._special else self.encode(p) for p in split_at(self._special, text)]
+            return sum(parts, [])
         ids = []
         # runs of spaces are tokens of their own, cut out (longest first) before words are split
-        for part in self._split.split(unicodedata.normalize("NFC", text)):
+        for part in split_at(self._runs, unicodedata.normalize("NFC", text)):
             ids.extend([self._runs[part]] if part in self._runs else self._encoding.encode_ordinary(part))
         return ids
 
     def decode(self, ids):
         """Text of `ids`; special tokens and ids without a text are left out, broken UTF-8 becomes U+FFFD."""
         return b"".join(self._bytes.get(int(id), b"") for id in ids).decode("utf-8", errors="replace")
+
+
+def split_at(tokens, text):
+    """Cut `text` at every occurrence of one of `tokens`, leftmost and longest first; keep those as pieces."""
+    pattern = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
+    return re.split(f"({pattern})", text) if tokens else [text]
 
 
 def byte_symbols():
@@ -187,13 +196,10 @@ def parse_row(row, tokenizer, max_query_tokens):
         texts, source = [text_of(pair[which], "text") for which in (choice, 1 - choice)], row["info"]
         meta["confidence"] = int((row.get("extra") or {}).get("confidence") or 0)
         meta["policies"] = " / ".join(sorted(str(summary.get("policy") or "?") for summary in pair))
-    elif "responses" in row:
-        ranked = dict(enumerate(row["responses"]))
-        source, texts = split_prompt({**row, **ranked}, list(ranked))
-    elif "chosen" in row and "rejected" in row:
-        source, texts = split_prompt(row, ["chosen", "rejected"])
-    elif "prompt" in row:
-        source, texts = split_prompt(row, ["completion"] if row.get("completion") is not None else [])
+    elif "prompt" in row or "chosen" in row:
+        ranked = dict(enumerate(row.get("responses") or []))
+        keys = [key for key in ("chosen", "rejected", "completion") if row.get(key) is not None]
+        source, texts = split_prompt({**row, **ranked}, list(ranked) or keys)
     else:
         # references come without the space that the text after "TL;DR:" begins with (detail 3)
         source, texts = row, [" " + text_of(row, "summary").lstrip(" ")] if "summary" in row else []
@@ -208,7 +214,7 @@ def parse_row(row, tokenizer, max_query_tokens):
 
 # ---------------------------------------------------------------------------- data sets
 
-SCHEMAS = ["info summaries choice", "responses", "chosen rejected", "prompt", "subreddit title post", "article"]
+SCHEMAS = ["info summaries choice", "chosen rejected", "prompt", "subreddit title post", "article"]
 
 
 def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_tokens=512, drop_long=False,
@@ -250,10 +256,9 @@ def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_t
     lengths = np.asarray(rows["length"])
     long = np.flatnonzero(lengths > (max_length or np.inf))
     if len(long) and (not drop_long or len(long) == len(rows)):
-        raise UserError(
-            f"{name}: row {long[0]} has {lengths[long[0]]} tokens, more than max_length {max_length} "
-            f"({len(long)} such rows of {len(rows)}); raise max_length, or leave them out with --drop_long"
-        )
+        most = f"row {long[0]} has {lengths[long[0]]} tokens, more than max_length {max_length}"
+        mend = "raise max_length, or leave them out with --drop_long"
+        raise UserError(f"{name}: {most} ({len(long)} such rows of {len(rows)}); {mend}")
     return rows.select(np.flatnonzero(lengths <= max_length)) if len(long) else rows
 
 
@@ -264,11 +269,10 @@ def read_split(source, split):
     datasets.disable_progress_bars()
     name = split.split("[")[0]  # of "train[:100]"
     path = source.replace("{split}", name)
+    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(path).suffix)
+    files = {"data_files": {name: path}} if kind else {}
     try:
-        if path.endswith((".jsonl", ".json", ".parquet")):
-            kind = "parquet" if path.endswith(".parquet") else "json"
-            return datasets.load_dataset(kind, data_files={name: path}, split=split)
-        return datasets.load_dataset(path, split=split)
+        return datasets.load_dataset(kind or path, split=split, **files)
     except Exception as error:
         reason = str(error.__cause__ or error).strip().split("\n")[0]
         raise UserError(f"{path} [{split}]: cannot be loaded ({reason}); check path, split and file") from None
@@ -293,13 +297,10 @@ def uniforms(shape, *key):
     return torch.from_numpy(np.random.default_rng(key).random(shape, dtype=np.float32))
 
 
-def pad_right(rows, fill=0):
-    """Lists of ids -> ids (B, T) cut to the longest row, lengths (B,)."""
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.full((len(rows), int(lengths.max())), fill)
-    for row, values in zip(ids, rows):
-        row[: len(values)] = torch.tensor(values)
-    return ids, lengths
+def pad_right(rows):
+    """Lists of ids -> ids (B, T) of the longest row's length, 0 behind the others; lengths (B,)."""
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    return ids, torch.tensor([len(row) for row in rows])
 
 
 def collate(queries, responses, device="cpu"):
@@ -332,16 +333,15 @@ def accuracy_table(rows, margins):
     Confidence is symmetric about 5, so |c - 5| is its strength (detail 6). Returns {group: {"accuracy", "expected",
     "n"}}: expected is the accuracy that the margins promise, the mean of sigmoid(|margin|). Ties are left out.
     """
+    import pandas  # datasets brings it, and is as slow to import
+
     margins = np.asarray(margins.cpu(), dtype=np.float64)
-    confidence = [abs(c - 5) if c else "" for c in rows["confidence"]]
-    bins = [f"{low:4.1f}" for low in np.floor(2 * np.abs(margins)) / 2]
-    columns = {"batch": rows["batch"], "|confidence - 5|": confidence, "policies": rows["policies"], "margin >=": bins}
-    table, untied = {}, np.asarray(rows["target"]) != 0.5
-    for title, column in {"all": [" "] * len(margins), **columns}.items():
-        groups = np.array([str(value) for value in column])
-        for group in sorted(set(groups[untied]) - {""}):
-            chosen = margins[(groups == group) & untied]
-            expected = 1 / (1 + np.exp(-np.abs(chosen)))
-            row = dict(accuracy=float((chosen > 0).mean()), expected=float(expected.mean()), n=len(chosen))
-            table[f"{title} {group}".strip()] = row
+    columns = {"all": "", "batch": rows["batch"], "|confidence - 5|": [str(abs(c - 5)) if c else "" for c in rows["confidence"]],
+               "policies": rows["policies"], "margin >=": np.floor(2 * np.abs(margins)) / 2}
+    frame = pandas.DataFrame({**columns, "right": margins > 0, "sure": 1 / (1 + np.exp(-np.abs(margins)))})
+    table = {}
+    for title in columns:
+        for group, part in frame[np.asarray(rows["target"]) != 0.5].groupby(title):
+            row = dict(accuracy=float(part["right"].mean()), expected=float(part["sure"].mean()), n=len(part))
+            table |= {f"{title} {group}".strip(): row} if title == "all" or group != "" else {}
     return table

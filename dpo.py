@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import runtime
-from configurator import UserError, configure
+from configurator import Count, Positive, UserError, configure
 from data import accuracy_table, collate
 from model import GPTNeoX, token_logprobs
 
@@ -27,14 +27,12 @@ class Config(runtime.TrainConfig):
     model: str = "out/sft_1b/final"  # the SFT model, where the policy starts: hub id or directory
     reference: str = ""  # the frozen reference; empty: the same as model
     data: str = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"  # hub id, directory or file with {split}
-    batch_size: int = 64  # pairs per update, over all processes
+    batch_size: Count = 64  # pairs per update, over all processes
     max_length: int = 638  # tokens of query + response; a longer row is an error; 0: any
-    beta: float = 0.05  # strength of the pull towards the reference
+    beta: Positive = 0.05  # strength of the pull towards the reference
     loss_type: str = "sigmoid"  # one of those that dpo_loss lists
     label_smoothing: float = 0.0  # probability that a label is wrong: sigmoid, robust and exo_pair
     sft_coef: float = 0.0  # weight of an added SFT loss, per token of the chosen responses
-    reference_mix: float = 0.0  # share of the policy that the reference takes over (arXiv:2404.09656: 0.6); 0: none
-    reference_every: int = 512  # updates between that
 
 
 SMOOTHED = ("sigmoid", "robust", "exo_pair")
@@ -111,27 +109,21 @@ def update(run, cfg, model, rows, ref_logprobs):
 
 
 def main(cfg):
-    runtime.positive(cfg, "beta", "reference_every")
     dpo_loss(*torch.zeros(4, 1), cfg.beta, cfg.loss_type, cfg.label_smoothing, torch.ones(1, 2))  # refuses wrong ones
     run = runtime.start(cfg, n_responses=2)
     if run is None:
         return
     if min(run.rows["target"]) < 1:
         raise UserError(f"{cfg.data}: has soft labels (column target), which DPO does not use; use label_smoothing")
-    moving = cfg.reference_mix > 0  # float32, or small steps would be lost
-    reference = runtime.load_model(run, GPTNeoX, cfg.reference or cfg.model, moving).requires_grad_(False)
+    reference = runtime.load_model(run, GPTNeoX, cfg.reference or cfg.model)
     ref_logprobs = predict(run, cfg, reference, run.rows)  # (n, 2)
     ref_held_out = predict(run, cfg, reference, run.held_out) if run.held_out else None
-    frozen = {"reference": reference} if moving else {}
     del reference
     model = runtime.load_model(run, GPTNeoX, cfg.model, trainable=True)
-    for step in run.train({"model": model, **frozen}):
-        index, rows = run.batch(), run.rows.select(run.batch())
-        ref = predict(run, cfg, frozen["reference"], rows) if moving else ref_logprobs[index]
-        metrics = update(run, cfg, model, rows, ref)
+    for _ in run.train({"model": model}):
+        index = run.batch()
+        metrics = update(run, cfg, model, run.rows.select(index), ref_logprobs[index])
         run.log(metrics | runtime.optimizer_step(run), watch=("loss/dpo", "rewards/accuracies"))
-        if moving and (step + 1) % cfg.reference_every == 0:
-            runtime.mix(frozen["reference"], model, cfg.reference_mix)
     if run.held_out:
         ratios = predict(run, cfg, model, run.held_out) - ref_held_out  # (n, 2)
         table = accuracy_table(run.held_out, ratios[:, 0] - ratios[:, 1])

@@ -59,10 +59,8 @@ class GPTNeoXConfig:
             raise UserError("model config: vocab_size, hidden_size and the counts of layers and heads must be positive")
         self.rotary_dims = int(self.hidden_size // self.num_attention_heads * self.rotary_pct)
         if self.hidden_size % self.num_attention_heads or self.rotary_dims % 2:
-            raise UserError(
-                f"model config: hidden_size {self.hidden_size} must divide into num_attention_heads "
-                f"{self.num_attention_heads}, and rotary_pct {self.rotary_pct} of a head must be an even width"
-            )
+            heads = f"hidden_size {self.hidden_size} must divide into num_attention_heads {self.num_attention_heads}"
+            raise UserError(f"model config: {heads}, and rotary_pct {self.rotary_pct} of a head must be an even width")
 
     @classmethod
     def from_directory(cls, directory):
@@ -107,10 +105,9 @@ class KVCache:
     def append(self, layer, k, v):
         """Store k, v (B, H, T, E) of the tokens now fed; return all that are stored, and their mask."""
         if layer not in self.layers:
-            B, H, _, E = k.shape
-            self.layers[layer] = k.new_empty(B, H, self.capacity, E), k.new_empty(B, H, self.capacity, E)
+            self.layers[layer] = k.new_empty(2, *k.shape[:2], self.capacity, k.shape[3])
         end = self.end + k.shape[2]
-        keys, values = (stored[:, :, :end] for stored in self.layers[layer])
+        keys, values = self.layers[layer][:, :, :, :end]
         keys[:, :, self.end :], values[:, :, self.end :] = k, v
         return keys, values, self.mask[:, None, None, :end]
 
@@ -166,10 +163,8 @@ class Block(nn.Module):
 
     def forward(self, h, cos, sin, cache=None):
         attended = self.attention(self.input_layernorm(h), cos, sin, cache)
-        if self.parallel:  # both branches read the same h
-            return h + attended + self.mlp(self.post_attention_layernorm(h))
-        h = h + attended
-        return h + self.mlp(self.post_attention_layernorm(h))
+        read = h if self.parallel else h + attended  # in parallel, both branches read the same h
+        return h + attended + self.mlp(self.post_attention_layernorm(read))
 
 
 class Body(nn.Module):
@@ -458,10 +453,8 @@ def generate(model, queries, query_lens, max_new_tokens, temperature, uniforms=N
     done = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
     cache = KVCache(query_lens, width, width + max_new_tokens)
     for t in range(max_new_tokens):
-        if t == 0:
-            logits = model(queries, select=query_lens[:, None] - 1, cache=cache)  # prefill
-        else:
-            logits = model(responses[:, t - 1 : t], cache=cache)  # decode one token
+        ids, select = (responses[:, t - 1 : t], None) if t else (queries, query_lens[:, None] - 1)  # decode, or prefill
+        logits = model(ids, select, cache)
         tokens, logprob = sample_token(logits[:, 0], temperature, None if uniforms is None else uniforms[:, t], n_vocab)
         if eos_id is not None:
             tokens, logprob = tokens.where(~done, eos_id), logprob.where(~done, 0.0)

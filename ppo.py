@@ -24,7 +24,6 @@ differs from the reference step of arXiv:2403.17031:
 - Metrics leave out padding. `val/ratio` is that of the first minibatch, where it must be 1.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 import runtime
-from configurator import UserError, configure
+from configurator import Count, Positive, UserError, configure
 from data import batch_rows, collate, last_scalars, uniforms
 from model import GPTNeoX, ScalarModel, token_logprobs
 
@@ -47,22 +46,22 @@ class Config(runtime.TrainConfig):
     data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # queries: hub id, directory or file with {split}
     eval_split: str = ""  # sample.py evaluates
     max_length: int = 512  # tokens of a query; a longer one is an error
-    episodes: int = 1_000_000  # responses sampled in the whole run
-    batch_size: int = 512  # episodes per update, over all processes
-    n_minibatches: int = 1  # optimizer steps per epoch over a batch
-    n_epochs: int = 4  # passes over each batch
-    micro_batch_size: int = 16  # rows per forward and backward pass and process
-    rollout_micro_batch_size: int = 64  # rows per pass without gradients and process
+    episodes: Count = 1_000_000  # responses sampled in the whole run
+    batch_size: Count = 512  # episodes per update, over all processes
+    n_minibatches: Count = 1  # optimizer steps per epoch over a batch
+    n_epochs: Count = 4  # passes over each batch
+    micro_batch_size: Count = 16  # rows per forward and backward pass and process
+    rollout_micro_batch_size: Count = 64  # rows per pass without gradients and process
     schedule: Literal["cosine", "linear", "constant"] = "linear"  # of the learning rate; the first two go to 0
-    response_length: int = 53  # tokens sampled at most
-    temperature: float = 0.7  # of sampling, and of all log-probabilities
+    response_length: Count = 53  # tokens sampled at most
+    temperature: Positive = 0.7  # of sampling, and of all log-probabilities
     truncate_token: int = 0  # id of the token that ends a response (arXiv:1909.08593); 0: EOS
     truncate_after: int = 0  # an end before this column does not count
     missing_eos_score: float = -1.0  # the score of a response without EOS (detail 23.3)
     kl_coef: float = 0.05  # penalty per nat of KL to the reference
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # of the KL in the reward
     kl_target: float = 0.0  # adapt kl_coef towards this KL per sequence; 0: keep it fixed
-    kl_horizon: int = 10_000  # episodes over which it adapts
+    kl_horizon: Count = 10_000  # episodes over which it adapts
     reference_mix: float = 0.0  # share of the policy that the reference takes over after each update
     reward_norm: Literal["none", "scale", "normalize"] = "none"  # of scores by the moments of all so far: / std; - mean too
     reward_clip: float = 0.0  # then keep scores within -+ this; 0: any
@@ -403,21 +402,22 @@ def main(cfg, score=None):
 
     As with a reward model, a response without EOS scores missing_eos_score instead.
     """
-    counts = ("n_minibatches", "n_epochs", "response_length", "rollout_micro_batch_size", "kl_horizon")
-    runtime.positive(cfg, "temperature", *counts)
     run = runtime.start(cfg, n_responses=0, n_minibatches=cfg.n_minibatches)
     if run is None:
         return
     policy = runtime.load_model(run, GPTNeoX, cfg.model, trainable=True)
     moving = cfg.reference_mix > 0  # float32, or small steps would be lost
     reference = runtime.load_model(run, GPTNeoX, cfg.reference or cfg.model, moving).requires_grad_(False)
-    if score is None:
-        reward_models = [runtime.load_model(run, ScalarModel, source) for source in cfg.reward_model.split(",")]
-        scorer = functools.partial(last_scalars, reward_models, run.device)
-    else:
-        scorer = functools.partial(function_scores, score, run.tokenizer, run.device)
-    trained_head = cfg.critic or (cfg.reward_model.split(",")[0] if score is None else "")
-    critic = runtime.load_model(run, ScalarModel, trained_head or cfg.model, trainable=True, random=None if trained_head else "score")
+    sources = cfg.reward_model.split(",") if score is None else []
+    reward_models = [runtime.load_model(run, ScalarModel, source) for source in sources]
+
+    def scorer(queries, responses):
+        if score is None:
+            return last_scalars(reward_models, run.device, queries, responses)
+        return function_scores(score, run.tokenizer, run.device, queries, responses)
+
+    head = cfg.critic or (sources[0] if sources else "")
+    critic = runtime.load_model(run, ScalarModel, head or cfg.model, True, random=None if head else "score")
     ptx = run.load(cfg.ptx_data or cfg.data, cfg.train_split, n_responses=1) if cfg.ptx_coef else None
     models = {"policy": policy, "critic": critic} | ({"reference": reference} if moving else {})
     kl_control = FixedKLController(cfg.kl_coef)

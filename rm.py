@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import runtime
-from configurator import configure
+from configurator import Count, configure
 from data import accuracy_table, collate, last_scalars
 from model import ScalarModel
 
@@ -31,7 +31,7 @@ from model import ScalarModel
 class Config(runtime.TrainConfig):
     model: str = "out/sft_1b/final"  # the SFT model: hub id or directory
     data: str = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"  # hub id, directory or file with {split}
-    batch_size: int = 64  # pairs per update, over all processes
+    batch_size: Count = 64  # pairs per update, over all processes
     max_length: int = 638  # tokens of query + response; a longer row is an error; 0: any
     normalize_data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # references that get mean reward 0
     normalize_split: str = "train"

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
-from configurator import UserError, check
+from configurator import Count, UserError, check
 from data import Tokenizer, batch_rows, load_rows, pad_right
 from model import GPTNeoXConfig, find_model, full, generate, init_weights, load_weights, read_json, write_json
 
@@ -40,7 +40,7 @@ class RunConfig:
     seed: int = 44413  # decides the initial weights, the data order and every sampled token
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; auto: bfloat16 on cuda; the masters are float32
-    max_query_tokens: int = 512  # longer posts are cut (detail 2.2)
+    max_query_tokens: Count = 512  # longer posts are cut (detail 2.2)
 
     def __post_init__(self):
         for field in fields(self):
@@ -56,8 +56,8 @@ class TrainConfig(RunConfig):
     max_length: int = 0  # tokens of query + response; a longer row is an error; 0: any
     drop_long: bool = False  # leave longer rows out instead
     episodes: int = 0  # rows in the whole run, shuffled anew in each epoch; 0: every row once
-    batch_size: int = 64  # rows per update, over all processes
-    micro_batch_size: int = 1  # rows per forward and backward pass and process
+    batch_size: Count = 64  # rows per update, over all processes
+    micro_batch_size: Count = 1  # rows per forward and backward pass and process
     lr: float = 3e-6  # peak learning rate
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # of the learning rate; the first two go to 0
     warmup_steps: int = 0  # updates over which it rises to its peak
@@ -68,14 +68,15 @@ class TrainConfig(RunConfig):
     weight_decay: float = 0.01  # decoupled, on all parameters
     max_grad_norm: float = 0.0  # clip the gradient's global norm; 0: do not clip
     save_every: int = 0  # updates between resumable checkpoints; 0: none, only the final model
-    keep_checkpoints: int = 2  # how many of them to keep
+    keep_checkpoints: Count = 2  # how many of them to keep
+    wandb: str = ""  # a Weights & Biases project to log to as well
 
 
 class Run:
     """This process's place in the world, and the run's directory."""
 
     def __init__(self, cfg):
-        self.cfg, self.out_dir, self.bar = cfg, Path(cfg.out_dir), None
+        self.cfg, self.out_dir, self.bar, self.wandb = cfg, Path(cfg.out_dir), None, None
         kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         if kind == "cuda" and not torch.cuda.is_available():
             raise UserError("device 'cuda' is not there; use --device=cpu, or run on a machine with a GPU")
@@ -175,6 +176,8 @@ class Run:
                 raise UserError(f"step {self.step}: {name} is {value}; lower lr, or look at the rows of that step")
         if self.is_main:
             append_jsonl(self.out_dir / "metrics.jsonl", [{"step": self.step, **metrics}])
+        if self.wandb:
+            self.wandb.log(metrics, step=self.step)
         self.bar.set_postfix({name.split("/")[-1]: f"{metrics[name]:.4g}" for name in watch})
 
 
@@ -191,12 +194,15 @@ def start(cfg, n_responses, tokenizer="", n_minibatches=1, **options):
             print(f"{run.out_dir}/final is there already; to train again, choose another out_dir")
         run.close()
         return None
+    if run.is_main and cfg.wandb:
+        import wandb
+
+        run.wandb = wandb.init(project=cfg.wandb, name=run.out_dir.name, config=asdict(cfg))
     run.tokenizer = Tokenizer.load(tokenizer or cfg.model)
     options |= dict(n_responses=n_responses, max_length=cfg.max_length, drop_long=cfg.drop_long)
     run.rows = run.load(cfg.data, cfg.train_split, **options)
     run.held_out = cfg.eval_split and run.load(cfg.data, cfg.eval_split, **options)
     parts, n_rows = n_minibatches * run.size, cfg.episodes or len(run.rows)
-    positive(cfg, "batch_size", "micro_batch_size")
     if cfg.batch_size % parts:
         across = f"{n_minibatches} minibatches x {run.size} processes"
         raise UserError(f"batch_size {cfg.batch_size} does not divide by {across}; make it a multiple of {parts}")
@@ -229,13 +235,6 @@ def open_directory(run):
             write_json(run.out_dir / "config.json", values)
         except OSError as error:
             raise UserError(f"out_dir {run.out_dir}: cannot be written ({error.strerror}); choose another") from None
-
-
-def positive(cfg, *names):
-    """Raise UserError unless these fields are above 0."""
-    for name in names:
-        if getattr(cfg, name) <= 0:
-            raise UserError(f"{name} is {getattr(cfg, name)}; it must be above 0")
 
 
 def report(run, metrics, table, **details):
@@ -401,7 +400,7 @@ def save_checkpoint(run, step, state):
         sizes = {path.name: path.stat().st_size for path in map(run.out_dir.joinpath, LOGS) if path.exists()}
         write_json(temporary / "state.json", {"step": step, "sizes": sizes, **state})
         temporary.rename(final)
-        for old in list_checkpoints(run)[: -max(1, run.cfg.keep_checkpoints)]:
+        for old in list_checkpoints(run)[: -run.cfg.keep_checkpoints]:
             shutil.rmtree(old)
     dist.barrier()
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import runtime
-from configurator import UserError, configure
+from configurator import Count, UserError, configure
 from data import Tokenizer, collate, last_scalars, uniforms
 from model import GPTNeoX, ScalarModel, token_logprobs, write_json
 
@@ -29,9 +29,9 @@ class Config(runtime.RunConfig):
     prompt: str = ""  # a text to continue as it stands, or - for those that stdin has, one per line; empty: use data
     data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # hub id, directory or file with {split}
     split: str = "validation"  # the rows to sample for; validation[:100]: the first hundred
-    response_length: int = 53  # tokens sampled at most
+    response_length: Count = 53  # tokens sampled at most
     temperature: float = 0.7  # 0: greedy
-    micro_batch_size: int = 64  # rows per forward pass and process
+    micro_batch_size: Count = 64  # rows per forward pass and process
     out_dir: str = ""  # where samples.jsonl and summary.json go; empty: only print
 
 
@@ -112,7 +112,6 @@ def complete(run, cfg, model):
 
 
 def main(cfg):
-    runtime.positive(cfg, "response_length", "micro_batch_size")
     run, sources, results = runtime.Run(cfg), cfg.model.split(","), []
     if len(sources) > 1 and (cfg.prompt or not cfg.reward_model):
         raise UserError("several models can be compared on data, by a reward_model; give one, or a single model")

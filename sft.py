@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import runtime
-from configurator import configure
+from configurator import Count, configure
 from data import collate
 from model import GPTNeoX, token_logprobs
 
@@ -24,7 +24,7 @@ from model import GPTNeoX, token_logprobs
 class Config(runtime.TrainConfig):
     model: str = "EleutherAI/pythia-1b-deduped"  # hub id or directory
     data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # hub id, directory, or file with {split} in its path
-    batch_size: int = 128  # rows per update, over all processes
+    batch_size: Count = 128  # rows per update, over all processes
     max_length: int = 562  # tokens of query + response; a longer row is an error; 0: any
     eval_every: int = 0  # updates between evaluations; 0: only after the last
     export_every: int = 0  # updates between models in out_dir/step_N, for sample.py to choose from; 0: only the last
