@@ -8,7 +8,6 @@ Config (names that begin with an underscore are the file's own). Values on the c
 evaluated: the field's type reads them. An unknown key or a wrong type stops the run before it starts.
 """
 
-import ast
 import dataclasses
 import difflib
 import inspect
@@ -42,16 +41,14 @@ def configure(Config, argv=None):
         print(describe(Config))
         sys.exit(0)
     values = {field.name: field.default for field in dataclasses.fields(Config)}
-    for argument in argv:
-        if not argument.startswith("-"):
-            values = read_file(Config, argument, values)
-    for argument in argv:
-        if argument.startswith("-"):
-            match = re.fullmatch(r"--([A-Za-z]\w*)(?:=(.*))?", argument, re.DOTALL)
-            if not match:
-                raise UserError(f"{argument}: not an option; write --key=value (or --flag)")
-            key, text = match.groups()
-            values[key] = parse(field_of(Config, key, "command line"), text)
+    for path in (argument for argument in argv if not argument.startswith("-")):
+        values = read_file(Config, path, values)
+    for argument in (argument for argument in argv if argument.startswith("-")):
+        match = re.fullmatch(r"--([A-Za-z]\w*)(?:=(.*))?", argument, re.DOTALL)
+        if not match:
+            raise UserError(f"{argument}: not an option; write --key=value (or --flag)")
+        key, text = match.groups()
+        values[key] = parse(field_of(Config, key, "command line"), text)
     return Config(**values)
 
 
@@ -60,12 +57,11 @@ def read_file(Config, path, values):
     names = dict(values)
     try:
         with open(path, encoding="utf-8") as file:
-            tree = ast.parse(file.read(), path)
-        for node in tree.body:  # `lr: 1e-5` and `lr == 1e-5` are valid Python that sets nothing
-            text = isinstance(getattr(node, "value", None), ast.Constant) and isinstance(node.value.value, str)
-            if (isinstance(node, ast.Expr) and not text) or (isinstance(node, ast.AnnAssign) and not node.value):
-                raise SyntaxError(f"line {node.lineno} sets nothing")
-        exec(compile(tree, path, "exec"), names)
+            source = file.read()
+        nothing = re.search(r"^\w+ *(:(?!=)[^=]*|==.*)$", source, re.MULTILINE)
+        if nothing:  # `lr: 1e-5` and `lr == 1e-5` are valid Python
+            raise SyntaxError(f"'{nothing[0]}' sets nothing")
+        exec(compile(source, path, "exec"), names)
     except OSError as error:
         raise UserError(f"config file {path}: cannot be read ({error.strerror}); give the path of a .py file") from None
     except (Exception, SystemExit) as error:
@@ -103,7 +99,7 @@ def check(field, value, where="command line"):
     choices = get_args(field.type)
     kind = str if choices else getattr(field.type, "__supertype__", field.type)
     wanted = {int: "int from 0", Count: "int from 1", float: "finite float", Positive: "finite float above 0"}
-    low = {int: 0, Count: 1, Positive: math.ulp(0.0)}.get(field.type, -math.inf)
+    low = {int: 0, Count: 1, Positive: math.ulp(0.0)}.get(field.type, -sys.float_info.max)
     if kind is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
     if type(value) is not kind or (kind in (int, float) and not low <= value < math.inf):

@@ -56,8 +56,7 @@ class Tokenizer:
             symbols = byte_symbols()
             ranks = {bytes(symbols[s] for s in token): id for token, id in vocab.items() if token not in special}
             self._encoding = tiktoken.Encoding(path, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
-            self._bytes = {id: token for token, id in ranks.items()}
-            self._bytes.update({id: text.encode() for text, id in self._runs.items()})
+            self._bytes = {id: token for token, id in [*ranks.items(), *((t.encode(), i) for t, i in self._runs.items())]}
             self._special, self.eos_id = special, special[EOS]
             self.n_vocab = max(*self._bytes, *special.values()) + 1
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -85,9 +85,9 @@ def predict(run, cfg, model, rows):
     """Summed log-probabilities (n, 2) of every pair of a data set, on every rank."""
 
     def logprobs(index):
-        return pair_logprobs(model, rows[index], run.tokenizer.n_vocab, run.device)[0]
+        return {"logprobs": pair_logprobs(model, rows[index], run.tokenizer.n_vocab, run.device)[0]}
 
-    return run.map_rows(logprobs, rows["length"], cfg.micro_batch_size)
+    return run.map_rows(logprobs, rows["length"], cfg.micro_batch_size)["logprobs"]
 
 
 def update(run, cfg, model, rows, ref_logprobs):

@@ -32,7 +32,7 @@ from configurator import UserError, check
 
 # Masks and rotary tables that old Pythia files carry along; they hold nothing that was learned.
 BUFFERS = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
-FIXED = dict(hidden_act="gelu", attention_bias=True, tie_word_embeddings=False)  # the only values supported
+FIXED = dict(model_type="gpt_neox", hidden_act="gelu", attention_bias=True, tie_word_embeddings=False)  # the only values supported
 
 
 @dataclass
@@ -67,8 +67,6 @@ class GPTNeoXConfig:
         """Read `directory`/config.json; keys that do not shape the computation are ignored."""
         path = os.path.join(directory, "config.json")
         values = read_json(path)
-        if values.get("model_type", "gpt_neox") != "gpt_neox":
-            raise UserError(f"{path}: model_type is {values['model_type']!r}; only gpt_neox (Pythia) can be loaded")
         for name, value in FIXED.items():
             if values.get(name, value) != value:
                 raise UserError(f"{path}: {name} = {values[name]!r} is not supported, only {value!r}")
@@ -237,7 +235,7 @@ class Pretrained(nn.Module):
         if writes:
             os.makedirs(directory, exist_ok=True)
             dtype = str(next(iter(like.values())).dtype).removeprefix("torch.")
-            meta = dict(architectures=[self.architecture], model_type="gpt_neox", torch_dtype=dtype)
+            meta = dict(architectures=[self.architecture], torch_dtype=dtype)
             write_json(os.path.join(directory, "config.json"), {**meta, **FIXED, **asdict(self.config)})
             if plan.is_sharded:
                 index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
@@ -298,12 +296,10 @@ def init_weights(model, seed=None, only=""):
         if parameter.is_meta or not name.startswith(only):
             continue
         generator = None if seed is None else torch.Generator().manual_seed(seed * 1_000_003 + index)
-        head_std, std = 1 / math.sqrt(model.config.hidden_size + 1), model.config.initializer_range
-        if name.endswith("bias") or "norm" in name:
-            value = torch.full(parameter.shape, float(name.endswith("norm.weight")))
-        else:
-            value = torch.randn(parameter.shape, generator=generator) * (head_std if "score" in name else std)
-        copy_rows(parameter, value)
+        std = 1 / math.sqrt(model.config.hidden_size + 1) if "score" in name else model.config.initializer_range
+        constant = float(name.endswith("norm.weight")) if name.endswith("bias") or "norm" in name else None
+        value = torch.randn(parameter.shape, generator=generator) * std if constant is None else constant
+        copy_rows(parameter, torch.as_tensor(value).expand(parameter.shape))
 
 
 # ---------------------------------------------------------------------------- files
@@ -447,9 +443,8 @@ def generate(model, queries, query_lens, max_new_tokens, temperature, uniforms=N
         raise UserError("generate: temperature must not be negative; sampling needs uniforms; no query may be empty")
     is_query = torch.arange(width, device=queries.device) < query_lens[:, None]  # (B, width)
     queries = queries[:, :width].where(is_query, 0)  # a pad id need not be an id of the model
-    shape = (len(queries), max_new_tokens)
-    responses = torch.full(shape, 0 if eos_id is None else eos_id, device=queries.device)
-    logprobs = torch.zeros(shape, device=queries.device)
+    responses = queries.new_full((len(queries), max_new_tokens), eos_id or 0)
+    logprobs = torch.zeros(responses.shape, device=queries.device)
     done = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
     cache = KVCache(query_lens, width, width + max_new_tokens)
     for t in range(max_new_tokens):

@@ -219,10 +219,16 @@ def entropy(logits, temperature, n_vocab):
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
-def model_inputs(queries, responses, last, device):
-    """ids (B, T), select and targets (B, R'), with every row cut one token behind its EOS: that is all that counts."""
+def forward(run, cfg, policy, queries, responses, last, with_entropy=False):
+    """A pass over micro-batch rows, each cut one token behind EOS, for that is all that counts.
+
+    Returns ids (B, T) and select (B, R'), for the other models' passes; logprobs (B, R'); entropy (B, R') or None.
+    """
     cut = [row[: end + 2] for row, end in zip(responses.tolist(), last.tolist())]
-    return collate(queries, cut, device)[:3]
+    ids, select, targets, _ = collate(queries, cut, run.device)
+    logits, n_vocab = policy(ids, select), run.tokenizer.n_vocab
+    logprobs = token_logprobs(logits, targets, cfg.temperature, n_vocab)
+    return ids, select, logprobs, entropy(logits, cfg.temperature, n_vocab) if with_entropy else None
 
 
 def rollout(run, cfg, policy, reference, critic, score, queries, step):
@@ -233,24 +239,19 @@ def rollout(run, cfg, policy, reference, critic, score, queries, step):
     ref_logprobs, values and entropy (B, R), scores, has_eos and last (B,).
     """
     draws, size = uniforms((len(queries), cfg.response_length), cfg.seed, step), cfg.rollout_micro_batch_size
-    end_id, n_vocab = cfg.truncate_token or run.tokenizer.eos_id, run.tokenizer.n_vocab
+    end_id = cfg.truncate_token or run.tokenizer.eos_id
     stop = None if cfg.truncate_after else end_id
     responses, sampled = runtime.generate_rows(run, policy, queries, draws, cfg.temperature, stop, size)
     has_eos, last = find_eos(responses, end_id, cfg.truncate_after)
 
     def measure(index):
-        prompts = [queries[i] for i in index]
-        ids, select, targets = model_inputs(prompts, responses[index], last[index], run.device)
-        logits, temperature = policy(ids, select), cfg.temperature
-        columns = {
-            "logprobs": token_logprobs(logits, targets, temperature, n_vocab),
-            "ref_logprobs": token_logprobs(reference(ids, select), targets, temperature, n_vocab),
-            "values": critic(ids, select),
-            "entropy": entropy(logits, temperature, n_vocab),
-        }
+        rows = [queries[i] for i in index], responses[index], last[index]
+        ids, select, logprobs, spread = forward(run, cfg, policy, *rows, with_entropy=True)
+        ref_logprobs = forward(run, cfg, reference, *rows)[2]
+        columns = dict(logprobs=logprobs, ref_logprobs=ref_logprobs, values=critic(ids, select), entropy=spread)
         columns = {name: F.pad(x, (0, cfg.response_length - x.shape[1])) for name, x in columns.items()}
         ended = [row[: end + 1] for row, end in zip(responses[index].tolist(), last[index].tolist())]
-        return columns | {"scores": score(prompts, ended)}
+        return columns | {"scores": score(rows[0], ended)}
 
     measured = run.map_rows(measure, total_lengths(queries, last), size)
     return measured | dict(responses=responses, sampled_logprobs=sampled, has_eos=has_eos, last=last)
@@ -313,7 +314,7 @@ def rollout_metrics(cfg, batch, kl_coef):
 # ---------------------------------------------------------------------------- the update
 
 
-def ppo_loss(cfg, new_logprobs, new_values, micro, n_actions, n_values, new_entropy=0.0):
+def ppo_loss(cfg, new_logprobs, new_values, micro, n_actions, n_values, new_entropy=None):
     """A micro-batch's part of its minibatch's loss, and of its statistics (a dict of scalars); both add up.
 
     n_actions, n_values: how many tokens count in the whole minibatch, over all micro-batches and ranks.
@@ -367,14 +368,12 @@ def ppo_update(run, cfg, policy, critic, queries, batch, ptx_rows=None):
             n_actions, n_values, n_before = batch["mask"][minibatch].sum(), batch["mask_p1"][minibatch].sum(), len(parts)
             for index in run.share(lengths[minibatch], cfg.micro_batch_size):
                 rows = minibatch[index]
-                micro = {name: x[rows] for name, x in batch.items()}
-                prompts, n_vocab = [queries[i] for i in rows], run.tokenizer.n_vocab
-                ids, select, targets = model_inputs(prompts, micro["responses"], micro["last"], run.device)
-                micro = {name: x[:, : targets.shape[1]] if x.dim() == 2 else x for name, x in micro.items()}
+                responses, last = batch["responses"][rows], batch["last"][rows]
                 with torch.set_grad_enabled(learns):
-                    logits = policy(ids, select)
-                new_logprobs = token_logprobs(logits, targets, cfg.temperature, n_vocab)
-                spread = entropy(logits, cfg.temperature, n_vocab) if cfg.entropy_coef else 0.0
+                    prompts = [queries[i] for i in rows]
+                    passed = forward(run, cfg, policy, prompts, responses, last, cfg.entropy_coef > 0)
+                ids, select, new_logprobs, spread = passed
+                micro = {name: x[rows] if x.dim() == 1 else x[rows, : select.shape[1]] for name, x in batch.items()}
                 loss, stats = ppo_loss(cfg, new_logprobs, critic(ids, select), micro, n_actions, n_values, spread)
                 runtime.backward(run, loss)
                 # before any step of this update the ratio must be 1, or rollout and update disagree

@@ -89,10 +89,9 @@ def update(run, cfg, model, rows):
     parts = []
     for index in run.share(rows["length"], cfg.micro_batch_size):
         out = forward(cfg, model, rows[index], run.device)
-        loss = out["loss"].sum() / cfg.batch_size
+        loss, right, margin = (x.sum() / cfg.batch_size for x in (out["loss"], out["margin"] > 0, out["margin"]))
         runtime.backward(run, loss)
-        accuracy = (out["margin"] > 0).sum() / cfg.batch_size
-        parts.append({"loss/rm": loss, "train/accuracy": accuracy, "train/margin": out["margin"].sum() / cfg.batch_size})
+        parts.append({"loss/rm": loss, "train/accuracy": right, "train/margin": margin})
     return run.sum(parts)
 
 

@@ -115,16 +115,14 @@ class Run:
 
     @torch.no_grad()
     def map_rows(self, function, lengths, micro_batch_size):
-        """Apply function(index (rows,)) -> tensor (rows, ...), or a dict of them, to micro-batches of rows 0 .. n-1.
+        """Apply function(index (rows,)) -> dict of tensors (rows, ...) to micro-batches of all rows 0 .. n-1.
 
-        The ranks share the work; each gets the results of all rows, in row order: (n, ...), or a dict of those.
+        The ranks share the work; each gets the results of all rows, in row order: a dict of tensors (n, ...).
         """
         micro_batches = self.share(lengths, micro_batch_size)
         results = [function(index) for index in micro_batches]
         index = self._gather(torch.from_numpy(np.concatenate(micro_batches)).to(self.device))
         first = np.unique(index.cpu().numpy(), return_index=True)[1]  # rows in order, each once
-        if isinstance(results[0], torch.Tensor):
-            return self._gather(torch.cat(results))[first]
         return {name: self._gather(torch.cat([result[name] for result in results]))[first] for name in results[0]}
 
     def _gather(self, tensor):
@@ -223,10 +221,10 @@ def open_directory(run):
     values = asdict(run.cfg)
     if any((run.out_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "final")):
         was = read_json(run.out_dir / "config.json")
-        changed = [key for key in values if was.get(key) != values[key]]
+        changed = [f"{key} ({was.get(key)!r} -> {new!r})" for key, new in values.items() if was.get(key) != new]
         if changed:
-            named = ", ".join(f"{key} ({was.get(key)!r} -> {values[key]!r})" for key in changed)
-            raise UserError(f"{run.out_dir} holds a run with another configuration: {named}; choose another out_dir")
+            which = f"{run.out_dir} holds a run with another configuration: {', '.join(changed)}"
+            raise UserError(f"{which}; choose another out_dir")
     dist.barrier()
     if run.is_main:
         print("\n".join(f"{key} = {value!r}" for key, value in values.items()), flush=True)

@@ -51,9 +51,9 @@ def measure(run, cfg, function, queries, responses):
     lengths = [len(query) + len(response) for query, response in zip(queries, responses)]
 
     def apply(index):
-        return function([queries[i] for i in index], [responses[i] for i in index])
+        return {"x": function([queries[i] for i in index], [responses[i] for i in index])}
 
-    return run.map_rows(apply, lengths, cfg.micro_batch_size).tolist()
+    return run.map_rows(apply, lengths, cfg.micro_batch_size)["x"].tolist()
 
 
 def log_ratio(model, reference, device, temperature, n_vocab, queries, responses):
