@@ -56,7 +56,7 @@ class Tokenizer:
             symbols = byte_symbols()
             ranks = {bytes(symbols[s] for s in token): id for token, id in vocab.items() if token not in special}
             self._encoding = tiktoken.Encoding(path, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
-            self._bytes = {id: token for token, id in [*ranks.items(), *((t.encode(), i) for t, i in self._runs.items())]}
+            self._bytes = {id: token for token, id in ranks.items()} | {id: t.encode() for t, id in self._runs.items()}
             self._special, self.eos_id = special, special[EOS]
             self.n_vocab = max(*self._bytes, *special.values()) + 1
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -93,8 +93,8 @@ class Tokenizer:
         By default they are ordinary text: a post that quotes <|endoftext|> must not end the query.
         """
         if special:
-            parts = [[self._special.get(p)] if p in self._special else self.encode(p) for p in split_at(self._special, text)]
-            return sum(parts, [])
+            known, parts = self._special, split_at(self._special, text)
+            return [id for part in parts for id in ([known[part]] if part in known else self.encode(part))]
         ids = []
         # runs of spaces are tokens of their own, cut out (longest first) before words are split
         for part in split_at(self._runs, unicodedata.normalize("NFC", text)):
@@ -320,7 +320,7 @@ def collate(queries, responses, device="cpu"):
 
 
 def last_scalars(models, device, queries, responses):
-    """Values (B,) at the last token of query + response: EOS, where there is one (detail 12); their mean over `models`."""
+    """Values (B,), the mean over models, at the last token of query + response: EOS, if there is one (detail 12)."""
     ids, lengths = pad_right([query + response for query, response in zip(queries, responses)])
     return sum(model(ids.to(device), lengths[:, None].to(device) - 1)[:, 0] for model in models) / len(models)
 
@@ -335,12 +335,13 @@ def accuracy_table(rows, margins):
     import pandas  # datasets brings it, and is as slow to import
 
     margins = np.asarray(margins.cpu(), dtype=np.float64)
-    columns = {"all": "", "batch": rows["batch"], "|confidence - 5|": [str(abs(c - 5)) if c else "" for c in rows["confidence"]],
-               "policies": rows["policies"], "margin >=": np.floor(2 * np.abs(margins)) / 2}
+    strength = [str(abs(c - 5)) if c else "" for c in rows["confidence"]]
+    columns = {"": "all", "batch": rows["batch"], "|confidence - 5|": strength, "policies": rows["policies"]}
+    columns["margin >="] = np.floor(2 * np.abs(margins)) / 2
     frame = pandas.DataFrame({**columns, "right": margins > 0, "sure": 1 / (1 + np.exp(-np.abs(margins)))})
-    table = {}
+    frame, table = frame[np.asarray(rows["target"]) != 0.5], {}
     for title in columns:
-        for group, part in frame[np.asarray(rows["target"]) != 0.5].groupby(title):
+        for group, part in frame[frame[title] != ""].groupby(title):
             row = dict(accuracy=float(part["right"].mean()), expected=float(part["sure"].mean()), n=len(part))
-            table |= {f"{title} {group}".strip(): row} if title == "all" or group != "" else {}
+            table[f"{title} {group}".strip()] = row
     return table

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import runtime
-from configurator import Count, Positive, UserError, configure
+from configurator import Positive, UserError, configure
 from data import accuracy_table, collate
 from model import GPTNeoX, token_logprobs
 
@@ -27,8 +27,6 @@ class Config(runtime.TrainConfig):
     model: str = "out/sft_1b/final"  # the SFT model, where the policy starts: hub id or directory
     reference: str = ""  # the frozen reference; empty: the same as model
     data: str = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"  # hub id, directory or file with {split}
-    batch_size: Count = 64  # pairs per update, over all processes
-    max_length: int = 638  # tokens of query + response; a longer row is an error; 0: any
     beta: Positive = 0.05  # strength of the pull towards the reference
     loss_type: str = "sigmoid"  # one of those that dpo_loss lists
     label_smoothing: float = 0.0  # probability that a label is wrong: sigmoid, robust and exo_pair
@@ -65,8 +63,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, los
     if loss_type not in losses:
         raise UserError(f"loss_type {loss_type!r} is not known; use one of {', '.join(losses)}")
     if not 0 <= e < 0.5 or (e > 0 and loss_type not in SMOOTHED) or (e == 0 and loss_type == "exo_pair"):
-        use = f"{', '.join(SMOOTHED)} take one below 0.5, exo_pair one above 0, the others 0"
-        raise UserError(f"label_smoothing {e} does not go with loss_type {loss_type!r}: {use}")
+        raise UserError(f"label_smoothing {e} does not fit loss_type {loss_type!r}; {SMOOTHED} take one below 0.5")
     return losses[loss_type](), beta * c, beta * r
 
 
@@ -98,10 +95,7 @@ def update(run, cfg, model, rows, ref_logprobs):
         logprobs, lengths = pair_logprobs(model, rows[index], run.tokenizer.n_vocab, run.device)  # (B, 2)
         pairs = (*logprobs.unbind(1), *ref_logprobs[index].unbind(1))
         losses, chosen, rejected = dpo_loss(*pairs, cfg.beta, cfg.loss_type, cfg.label_smoothing, lengths)
-        loss = losses.sum() / cfg.batch_size
-        if cfg.sft_coef:
-            loss = loss - cfg.sft_coef * logprobs[:, 0].sum() / n_tokens
-        runtime.backward(run, loss)
+        runtime.backward(run, losses.sum() / cfg.batch_size - cfg.sft_coef * logprobs[:, 0].sum() / n_tokens)
         values = (losses, chosen, rejected, chosen > rejected, *logprobs.unbind(1))
         parts.append({name: value.sum() / cfg.batch_size for name, value in zip(names, values)})
     metrics = run.sum(parts)

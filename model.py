@@ -28,25 +28,26 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from configurator import UserError, check
+from configurator import Count, UserError, check
 
 # Masks and rotary tables that old Pythia files carry along; they hold nothing that was learned.
 BUFFERS = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
-FIXED = dict(model_type="gpt_neox", hidden_act="gelu", attention_bias=True, tie_word_embeddings=False)  # the only values supported
+# what config.json may say of what is not a choice here
+FIXED = dict(model_type="gpt_neox", hidden_act="gelu", attention_bias=True, tie_word_embeddings=False)
 
 
 @dataclass
 class GPTNeoXConfig:
     """The fields of the hub's config.json that shape the computation; the defaults are Pythia-14m's."""
 
-    vocab_size: int = 50304
-    hidden_size: int = 128
-    num_hidden_layers: int = 6
-    num_attention_heads: int = 4
+    vocab_size: Count = 50304
+    hidden_size: Count = 128
+    num_hidden_layers: Count = 6
+    num_attention_heads: Count = 4
     intermediate_size: int = 0  # 0: four times hidden_size
     rotary_pct: float = 0.25
     rotary_emb_base: float = 10000.0
-    max_position_embeddings: int = 2048
+    max_position_embeddings: Count = 2048
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     use_parallel_residual: bool = True
@@ -55,8 +56,6 @@ class GPTNeoXConfig:
 
     def __post_init__(self):
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
-        if min(self.vocab_size, self.hidden_size, self.num_hidden_layers, self.num_attention_heads) < 1:
-            raise UserError("model config: vocab_size, hidden_size and the counts of layers and heads must be positive")
         self.rotary_dims = int(self.hidden_size // self.num_attention_heads * self.rotary_pct)
         if self.hidden_size % self.num_attention_heads or self.rotary_dims % 2:
             heads = f"hidden_size {self.hidden_size} must divide into num_attention_heads {self.num_attention_heads}"
@@ -74,9 +73,8 @@ class GPTNeoXConfig:
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
         if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
             raise UserError(f"{path}: rope scaling {rope!r} is not supported; use a model without it")
-        for ours, theirs in dict(rotary_pct="partial_rotary_factor", rotary_emb_base="rope_theta").items():
-            if theirs in rope:
-                values[ours] = rope[theirs]
+        renamed = dict(partial_rotary_factor="rotary_pct", rope_theta="rotary_emb_base")
+        values |= {renamed[name]: value for name, value in rope.items() if name in renamed}
         try:
             return cls(**{f.name: check(f, values[f.name]) for f in fields(cls) if values.get(f.name) is not None})
         except UserError as error:
@@ -332,8 +330,7 @@ def open_weights(path):
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        hint = "is it the directory of a model in safetensors format?" if not os.path.exists(path) else "copy it again"
-        raise UserError(f"{path}: cannot be read as safetensors ({error}); {hint}") from None
+        raise UserError(f"{path}: cannot be read as safetensors ({error}); check the path or copy it again") from None
 
 
 @torch.no_grad()
@@ -348,7 +345,7 @@ def load_weights(model, directory, new_head=False):
     found = {name for name in files if not BUFFERS.fullmatch(name)}
     for problem, names in (("missing", state.keys() - found), ("unexpected", found - state.keys())):
         if names:
-            some = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            some = f"{', '.join(sorted(names)[:4])} ({len(names)} in all)"
             raise UserError(f"{directory}: {problem} {some}, for a {model.architecture}; is it another model?")
     handles = {path: open_weights(path) for path in set(files.values())}
     for name, tensor in state.items():

@@ -63,7 +63,7 @@ class Config(runtime.TrainConfig):
     kl_target: float = 0.0  # adapt kl_coef towards this KL per sequence; 0: keep it fixed
     kl_horizon: Count = 10_000  # episodes over which it adapts
     reference_mix: float = 0.0  # share of the policy that the reference takes over after each update
-    reward_norm: Literal["none", "scale", "normalize"] = "none"  # of scores by the moments of all so far: / std; - mean too
+    reward_norm: Literal["none", "scale", "normalize"] = "none"  # scores / std of all so far; minus their mean too
     reward_clip: float = 0.0  # then keep scores within -+ this; 0: any
     whiten_rewards: bool = False  # scale rewards to variance 1 (detail 24)
     whiten_advantages: bool = True  # mean 0, variance 1 (detail 25)
@@ -98,9 +98,7 @@ def find_eos(responses, eos_id, after=0):
 
 def kl_estimate(log_ratio, estimator):
     """Estimate KL(p, q) at samples of p by log_ratio = log p - log q: k1, k2 or k3 (Schulman 2020), of any shape."""
-    if estimator == "k3":
-        return torch.exp(-log_ratio) - 1 + log_ratio
-    return log_ratio if estimator == "k1" else log_ratio**2 / 2
+    return {"k1": log_ratio, "k2": log_ratio**2 / 2, "k3": torch.exp(-log_ratio) - 1 + log_ratio}[estimator]
 
 
 def normalize_scores(scores, moments, how):
@@ -206,7 +204,7 @@ class AdaptiveKLController:
 
 def function_scores(function, tokenizer, device, queries, responses):
     """Scores (B,) by a Python function of two lists of texts that returns a list of floats."""
-    texts = [[tokenizer.decode(ids) for ids in rows] for rows in (queries, responses)]
+    texts = ([tokenizer.decode(ids) for ids in rows] for rows in (queries, responses))
     scores = [float(score) for score in function(*texts)]
     if len(scores) != len(responses):
         raise UserError(f"the score function gave {len(scores)} scores for {len(responses)} responses; return one each")
@@ -219,14 +217,14 @@ def entropy(logits, temperature, n_vocab):
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
-def forward(run, cfg, policy, queries, responses, last, with_entropy=False):
-    """A pass over micro-batch rows, each cut one token behind EOS, for that is all that counts.
+def forward(run, cfg, model, queries, batch, index, with_entropy=False):
+    """A policy's pass over the rows `index`, each cut one token behind EOS, for that is all that counts.
 
     Returns ids (B, T) and select (B, R'), for the other models' passes; logprobs (B, R'); entropy (B, R') or None.
     """
-    cut = [row[: end + 2] for row, end in zip(responses.tolist(), last.tolist())]
-    ids, select, targets, _ = collate(queries, cut, run.device)
-    logits, n_vocab = policy(ids, select), run.tokenizer.n_vocab
+    cut = [row[: end + 2] for row, end in zip(batch["responses"][index].tolist(), batch["last"][index].tolist())]
+    ids, select, targets, _ = collate([queries[i] for i in index], cut, run.device)
+    logits, n_vocab = model(ids, select), run.tokenizer.n_vocab
     logprobs = token_logprobs(logits, targets, cfg.temperature, n_vocab)
     return ids, select, logprobs, entropy(logits, cfg.temperature, n_vocab) if with_entropy else None
 
@@ -236,29 +234,25 @@ def rollout(run, cfg, policy, reference, critic, score, queries, step):
 
     score(queries, responses) -> (rows,) gets lists of ids, the responses cut behind EOS.
     Returns a dict of tensors over the whole batch, the same on every rank: responses, sampled_logprobs, logprobs,
-    ref_logprobs, values and entropy (B, R), scores, has_eos and last (B,).
+    ref_logprobs, values and entropy (B, R), scores, has_eos, last and length (B,).
     """
     draws, size = uniforms((len(queries), cfg.response_length), cfg.seed, step), cfg.rollout_micro_batch_size
     end_id = cfg.truncate_token or run.tokenizer.eos_id
     stop = None if cfg.truncate_after else end_id
     responses, sampled = runtime.generate_rows(run, policy, queries, draws, cfg.temperature, stop, size)
     has_eos, last = find_eos(responses, end_id, cfg.truncate_after)
+    batch = dict(responses=responses, sampled_logprobs=sampled, has_eos=has_eos, last=last)
+    batch["length"] = torch.tensor([len(query) for query in queries], device=last.device) + last
 
     def measure(index):
-        rows = [queries[i] for i in index], responses[index], last[index]
-        ids, select, logprobs, spread = forward(run, cfg, policy, *rows, with_entropy=True)
-        ref_logprobs = forward(run, cfg, reference, *rows)[2]
+        ids, select, logprobs, spread = forward(run, cfg, policy, queries, batch, index, with_entropy=True)
+        ref_logprobs = forward(run, cfg, reference, queries, batch, index)[2]
         columns = dict(logprobs=logprobs, ref_logprobs=ref_logprobs, values=critic(ids, select), entropy=spread)
         columns = {name: F.pad(x, (0, cfg.response_length - x.shape[1])) for name, x in columns.items()}
         ended = [row[: end + 1] for row, end in zip(responses[index].tolist(), last[index].tolist())]
-        return columns | {"scores": score(rows[0], ended)}
+        return columns | {"scores": score([queries[i] for i in index], ended)}
 
-    measured = run.map_rows(measure, total_lengths(queries, last), size)
-    return measured | dict(responses=responses, sampled_logprobs=sampled, has_eos=has_eos, last=last)
-
-
-def total_lengths(queries, last):
-    return np.array([len(query) for query in queries]) + last.cpu().numpy()
+    return run.map_rows(measure, batch["length"].tolist(), size) | batch
 
 
 def prepare(cfg, batch, kl_coef, state=None):
@@ -272,16 +266,14 @@ def prepare(cfg, batch, kl_coef, state=None):
     paid = scores = batch["scores"].where(batch["has_eos"], cfg.missing_eos_score)
     if cfg.reward_norm != "none":
         paid, state["moments"] = normalize_scores(scores, state["moments"], cfg.reward_norm)
-    if cfg.reward_clip:
-        paid = paid.clamp(-cfg.reward_clip, cfg.reward_clip)
+    paid = paid.clamp(-(cfg.reward_clip or torch.inf), cfg.reward_clip or torch.inf)
     logprobs, ref_logprobs, values = batch["logprobs"], batch["ref_logprobs"], batch["values"] * mask_p1
     how = cfg.whiten_rewards, cfg.kl_estimator
     rewards, kl = shape_rewards(logprobs, ref_logprobs, paid, last, mask, kl_coef, *how)
     advantages = gae(rewards, values, cfg.gamma, cfg.lam)
     returns = advantages + values
     advantages = whiten(advantages, mask) if cfg.whiten_advantages else advantages * mask
-    if cfg.advantage_clip:
-        advantages = advantages.clamp(-cfg.advantage_clip, cfg.advantage_clip)
+    advantages = advantages.clamp(-(cfg.advantage_clip or torch.inf), cfg.advantage_clip or torch.inf)
     new = dict(mask=mask, mask_p1=mask_p1, scores=scores, rewards=rewards, kl=kl, values=values)
     return batch | new | dict(returns=returns, advantages=advantages)
 
@@ -360,26 +352,24 @@ def ppo_update(run, cfg, policy, critic, queries, batch, ptx_rows=None):
     """n_epochs x n_minibatches optimizer steps on one batch; returns metrics: means over them, but for val/ratio,
     lr, grad_norm and loss/ptx_avg (the last step's). ptx_rows: as many rows for PPO-ptx.
     """
-    lengths, n_steps = total_lengths(queries, batch["last"]), cfg.n_epochs * cfg.n_minibatches
     learns, parts, metrics = run.step >= cfg.critic_steps, [], {}  # does the policy learn, or the critic alone?
+    n_steps, bonus = cfg.n_epochs * cfg.n_minibatches, cfg.entropy_coef > 0
     for epoch in range(cfg.n_epochs):
         order = np.random.default_rng((cfg.seed, run.step, epoch)).permutation(len(queries))
         for number, minibatch in enumerate(np.split(order, cfg.n_minibatches)):
-            n_actions, n_values, n_before = batch["mask"][minibatch].sum(), batch["mask_p1"][minibatch].sum(), len(parts)
-            for index in run.share(lengths[minibatch], cfg.micro_batch_size):
+            n_actions, n_values = batch["mask"][minibatch].sum(), batch["mask_p1"][minibatch].sum()
+            micro_batches = run.share(batch["length"][minibatch].tolist(), cfg.micro_batch_size)
+            for index in micro_batches:
                 rows = minibatch[index]
-                responses, last = batch["responses"][rows], batch["last"][rows]
                 with torch.set_grad_enabled(learns):
-                    prompts = [queries[i] for i in rows]
-                    passed = forward(run, cfg, policy, prompts, responses, last, cfg.entropy_coef > 0)
-                ids, select, new_logprobs, spread = passed
+                    ids, select, new_logprobs, spread = forward(run, cfg, policy, queries, batch, rows, bonus)
                 micro = {name: x[rows] if x.dim() == 1 else x[rows, : select.shape[1]] for name, x in batch.items()}
                 loss, stats = ppo_loss(cfg, new_logprobs, critic(ids, select), micro, n_actions, n_values, spread)
                 runtime.backward(run, loss)
                 # before any step of this update the ratio must be 1, or rollout and update disagree
                 ratio = stats["val/ratio_avg"] * (epoch == number == 0)
                 parts.append({"val/ratio": ratio} | {name: value / n_steps for name, value in stats.items()})
-            approxkl = run.sum(parts[n_before:])["policy/approxkl_avg"] * n_steps if cfg.target_kl else 0.0
+            approxkl = run.sum(parts[-len(micro_batches) :])["policy/approxkl_avg"] * n_steps if cfg.target_kl else 0.0
             if learns and approxkl > 1.5 * cfg.target_kl:
                 learns = False
                 policy.zero_grad()
@@ -393,7 +383,7 @@ def write_samples(run, queries, batch, n=4):
     texts = ([run.tokenizer.decode(ids) for ids in column[:n]] for column in (queries, batch["responses"]))
     columns = zip(*texts, batch["scores"].tolist(), batch["kl"].sum(1).tolist())
     rows = [dict(step=run.step, query=q, response=r, score=s, kl=kl) for q, r, s, kl in columns]
-    runtime.append_jsonl(run.out_dir / "samples.jsonl", rows)
+    runtime.write_jsonl(run.out_dir / "samples.jsonl", rows, "a")
 
 
 def main(cfg, score=None):
@@ -405,8 +395,8 @@ def main(cfg, score=None):
     if run is None:
         return
     policy = runtime.load_model(run, GPTNeoX, cfg.model, trainable=True)
-    moving = cfg.reference_mix > 0  # float32, or small steps would be lost
-    reference = runtime.load_model(run, GPTNeoX, cfg.reference or cfg.model, moving).requires_grad_(False)
+    # a reference that moves is float32, or small steps would be lost
+    reference = runtime.load_model(run, GPTNeoX, cfg.reference or cfg.model, cfg.reference_mix > 0).requires_grad_(False)
     sources = cfg.reward_model.split(",") if score is None else []
     reward_models = [runtime.load_model(run, ScalarModel, source) for source in sources]
 
@@ -418,7 +408,7 @@ def main(cfg, score=None):
     head = cfg.critic or (sources[0] if sources else "")
     critic = runtime.load_model(run, ScalarModel, head or cfg.model, True, random=None if head else "score")
     ptx = run.load(cfg.ptx_data or cfg.data, cfg.train_split, n_responses=1) if cfg.ptx_coef else None
-    models = {"policy": policy, "critic": critic} | ({"reference": reference} if moving else {})
+    models = {"policy": policy, "critic": critic} | ({"reference": reference} if cfg.reference_mix else {})
     kl_control = FixedKLController(cfg.kl_coef)
     if cfg.kl_target:
         kl_control = AdaptiveKLController(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
@@ -433,7 +423,7 @@ def main(cfg, score=None):
         metrics |= ppo_update(run, cfg, policy, critic, queries, batch, ptx_rows)
         kl_control.update(metrics["objective/kl"], cfg.batch_size)
         state["kl_coef"] = kl_control.value
-        if moving:
+        if cfg.reference_mix:
             runtime.mix(reference, policy, cfg.reference_mix)
         run.log(metrics, watch=("objective/scores", "objective/kl", "val/eos_rate"))
         if run.is_main and cfg.samples_every and step % cfg.samples_every == 0:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import runtime
-from configurator import Count, configure
+from configurator import configure
 from data import accuracy_table, collate, last_scalars
 from model import ScalarModel
 
@@ -31,10 +31,7 @@ from model import ScalarModel
 class Config(runtime.TrainConfig):
     model: str = "out/sft_1b/final"  # the SFT model: hub id or directory
     data: str = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"  # hub id, directory or file with {split}
-    batch_size: Count = 64  # pairs per update, over all processes
-    max_length: int = 638  # tokens of query + response; a longer row is an error; 0: any
-    normalize_data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # references that get mean reward 0
-    normalize_split: str = "train"
+    normalize_data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # its references get mean reward 0
     normalize_std: bool = False  # give them standard deviation 1 too, before and after training (arXiv:1909.08593)
     target_clamp: float = 0.0  # keep target probabilities within 0.5 -+ this (arXiv:2212.08073: 0.1); 0: as they are
     label_noise: float = 0.0  # share of labels that are the toss of a coin (arXiv:1706.03741: 0.1)
@@ -97,7 +94,8 @@ def update(run, cfg, model, rows):
 
 def predict(run, cfg, model, rows):
     """What `forward` returns, for every row of a data set, on every rank: a dict of tensors (n,)."""
-    return run.map_rows(lambda index: forward(cfg, model, rows[index], run.device), rows["length"], cfg.micro_batch_size)
+    size, device = cfg.micro_batch_size, run.device
+    return run.map_rows(lambda index: forward(cfg, model, rows[index], device), rows["length"], size)
 
 
 @torch.no_grad()
@@ -139,7 +137,7 @@ def main(cfg):
     if cfg.bootstrap:
         draws = np.random.default_rng((cfg.seed, 1)).integers(len(run.rows), size=len(run.rows))
         run.rows = run.rows.select(draws)
-    references = cfg.normalize_data and run.load(cfg.normalize_data, cfg.normalize_split, n_responses=1)
+    references = cfg.normalize_data and run.load(cfg.normalize_data, cfg.train_split, n_responses=1)
     model = runtime.load_model(run, ScalarModel, cfg.model, trainable=True, random="score")
     for step in run.train({"model": model}):
         if step == 0 and references and cfg.normalize_std:

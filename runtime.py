@@ -4,7 +4,6 @@ One process is a world of one and runs the same code as eight under torchrun: gl
 All randomness is a pure function of (seed, step, row), so there is no generator state here to save.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -27,7 +26,6 @@ from tqdm import tqdm
 from configurator import Count, UserError, check
 from data import Tokenizer, batch_rows, load_rows, pad_right
 from model import GPTNeoXConfig, find_model, full, generate, init_weights, load_weights, read_json, write_json
-
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
@@ -53,7 +51,7 @@ class TrainConfig(RunConfig):
 
     train_split: str = "train"  # the rows to train on
     eval_split: str = "validation"  # empty: no evaluation
-    max_length: int = 0  # tokens of query + response; a longer row is an error; 0: any
+    max_length: int = 638  # tokens of query + response; a longer row is an error; 0: any
     drop_long: bool = False  # leave longer rows out instead
     episodes: int = 0  # rows in the whole run, shuffled anew in each epoch; 0: every row once
     batch_size: Count = 64  # rows per update, over all processes
@@ -76,7 +74,7 @@ class Run:
     """This process's place in the world, and the run's directory."""
 
     def __init__(self, cfg):
-        self.cfg, self.out_dir, self.bar, self.wandb = cfg, Path(cfg.out_dir), None, None
+        self.cfg, self.out_dir, self.bar, self.wandb = cfg, Path(cfg.out_dir), tqdm(disable=True), None
         kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         if kind == "cuda" and not torch.cuda.is_available():
             raise UserError("device 'cuda' is not there; use --device=cpu, or run on a machine with a GPU")
@@ -95,8 +93,7 @@ class Run:
         self.mesh = init_device_mesh(kind, (self.size,))
 
     def close(self):
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
         dist.barrier()  # a process that tears down early can abort the others
         dist.destroy_process_group()
 
@@ -155,13 +152,13 @@ class Run:
         """
         self.models, state = nn.ModuleDict(models), {} if state is None else state
         self.optimizer = make_optimizer(self.cfg, self.models, lrs or {})
-        start = resume(self, state)
-        self.bar = tqdm(initial=start, total=self.total, disable=not self.is_main, desc=self.out_dir.name)
-        for self.step in range(start, self.total):
+        self.step = resume(self, state)
+        self.bar = tqdm(initial=self.step, total=self.total, disable=not self.is_main, desc=self.out_dir.name)
+        while self.step < self.total:
             yield self.step
+            self.step += 1
             self.bar.update()
-            save_checkpoint(self, self.step + 1, state)
-        self.step = self.total  # of what is logged from here on
+            save_checkpoint(self, state)
 
     def batch(self):
         """Indices (batch_size,) of this step's rows."""
@@ -173,7 +170,7 @@ class Run:
             if not math.isfinite(value):
                 raise UserError(f"step {self.step}: {name} is {value}; lower lr, or look at the rows of that step")
         if self.is_main:
-            append_jsonl(self.out_dir / "metrics.jsonl", [{"step": self.step, **metrics}])
+            write_jsonl(self.out_dir / "metrics.jsonl", [{"step": self.step, **metrics}], "a")
         if self.wandb:
             self.wandb.log(metrics, step=self.step)
         self.bar.set_postfix({name.split("/")[-1]: f"{metrics[name]:.4g}" for name in watch})
@@ -190,8 +187,7 @@ def start(cfg, n_responses, tokenizer="", n_minibatches=1, **options):
     if (run.out_dir / "final").exists():
         if run.is_main:
             print(f"{run.out_dir}/final is there already; to train again, choose another out_dir")
-        run.close()
-        return None
+        return run.close()
     if run.is_main and cfg.wandb:
         import wandb
 
@@ -208,8 +204,8 @@ def start(cfg, n_responses, tokenizer="", n_minibatches=1, **options):
     if run.total < 1:
         raise UserError(f"{n_rows} rows are less than a batch of {cfg.batch_size}; lower batch_size")
     if run.is_main:
-        shares = f"{n_minibatches} minibatches x {run.size} processes x {cfg.batch_size // parts} rows"
-        print(f"{run.total} updates of {shares}, in micro-batches of up to {cfg.micro_batch_size}")
+        rows = f"{n_minibatches} minibatches x {run.size} processes x {cfg.batch_size // parts} rows"
+        print(f"{run.total} updates of {rows}")
     return run
 
 
@@ -240,13 +236,12 @@ def report(run, metrics, table, **details):
     run.log(metrics)
     if run.is_main:
         write_json(run.out_dir / "eval.json", {**metrics, **details, "accuracy": table})
-        print("\n" + "\n".join(f"{name:44} {value:.4f}" for name, value in {**metrics, **details}.items()))
-        for group, row in table.items():
+        for group, row in {"": {**metrics, **details}, **table}.items():
             print(f"{group:44} " + "  ".join(f"{name} {value:.4g}" for name, value in row.items()))
 
 
-def append_jsonl(path, rows):
-    with open(path, "a", encoding="utf-8") as file:
+def write_jsonl(path, rows, mode="w"):
+    with open(path, mode, encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -281,24 +276,10 @@ def shard(model, run, master_dtype):
     The modules that a model lists in `float32_modules` compute in float32 whatever run.dtype is.
     """
     model.to(master_dtype)
-    exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
-    mixed = MixedPrecisionPolicy(param_dtype=run.dtype, reduce_dtype=torch.float32)
-    for name in model.float32_modules:
-        fully_shard(model.get_submodule(name).float(), mesh=run.mesh, mp_policy=exact)
-    for block in model.gpt_neox.layers:
-        fully_shard(block, mesh=run.mesh, mp_policy=mixed)
-    fully_shard(model, mesh=run.mesh, mp_policy=mixed, reshard_after_forward=True)
-
-
-@contextlib.contextmanager
-def gathered(model):
-    """Keep the parameters whole on every rank, so that generation needs no collective per token.
-
-    They are sharded again by the next forward pass after it, which in a rollout follows at once.
-    """
-    model.set_reshard_after_forward(False)
-    yield
-    model.set_reshard_after_forward(True)
+    exact = [model.get_submodule(name).float() for name in model.float32_modules]
+    for module in [*exact, *model.gpt_neox.layers, model]:
+        dtypes = dict(param_dtype=torch.float32 if module in exact else run.dtype, reduce_dtype=torch.float32)
+        fully_shard(module, mesh=run.mesh, mp_policy=MixedPrecisionPolicy(**dtypes), reshard_after_forward=True)
 
 
 def generate_rows(run, model, queries, draws, temperature, stop, micro_batch_size):
@@ -314,8 +295,10 @@ def generate_rows(run, model, queries, draws, temperature, stop, micro_batch_siz
         out = generate(model, ids, lengths, R, temperature, draw, stop, n_vocab, return_logprobs=True)
         return dict(zip(("responses", "logprobs"), out))
 
-    with gathered(model):
-        return run.map_rows(sample, [len(query) for query in queries], micro_batch_size).values()
+    model.set_reshard_after_forward(False)  # its parameters stay whole: no collective per token
+    rows = run.map_rows(sample, [len(query) for query in queries], micro_batch_size)
+    model.set_reshard_after_forward(True)  # the next forward pass shards them again
+    return rows.values()
 
 
 # ---------------------------------------------------------------------------- the optimizer
@@ -383,20 +366,19 @@ def optimizer_step(run):
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(run, step, state):
+def save_checkpoint(run, state):
     """Write checkpoints/step_N after every save_every updates: models, optimizer, and `state` as JSON.
 
     The directory gets its final name only when it is complete.
     """
-    if not run.cfg.save_every or step % run.cfg.save_every:
+    if not run.cfg.save_every or run.step % run.cfg.save_every:
         return
-    directory = run.out_dir / "checkpoints"
-    final, temporary = directory / f"step_{step}", directory / f"tmp_{step}"
+    final, temporary = (run.out_dir / "checkpoints" / f"{name}_{run.step}" for name in ("step", "tmp"))
     weights, moments = get_state_dict(run.models, run.optimizer)
     dcp.save({"models": weights, "optimizer": moments}, checkpoint_id=temporary)
     if run.is_main:
         sizes = {path.name: path.stat().st_size for path in map(run.out_dir.joinpath, LOGS) if path.exists()}
-        write_json(temporary / "state.json", {"step": step, "sizes": sizes, **state})
+        write_json(temporary / "state.json", {"step": run.step, "sizes": sizes, **state})
         temporary.rename(final)
         for old in list_checkpoints(run)[: -run.cfg.keep_checkpoints]:
             shutil.rmtree(old)

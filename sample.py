@@ -85,8 +85,7 @@ def evaluate(run, cfg, model):
     responses = sample(run, cfg, model, queries)
     ids = {"query": queries, "response": responses, "reference": references}
     columns = {name: [tokenizer.decode(row) for row in column] for name, column in ids.items()}
-    columns["tokens"] = [len(response) for response in responses]
-    columns["eos"] = [response[-1] == tokenizer.eos_id for response in responses]
+    columns |= dict(tokens=[len(row) for row in responses], eos=[row[-1] == tokenizer.eos_id for row in responses])
     summary = rouge(columns["reference"], columns["response"])
     summary["reference_tokens"] = float(np.mean([len(reference) for reference in references]))
     if cfg.reward_model:
@@ -112,9 +111,9 @@ def complete(run, cfg, model):
 
 
 def main(cfg):
-    run, sources, results = runtime.Run(cfg), cfg.model.split(","), []
+    run, sources, best = runtime.Run(cfg), cfg.model.split(","), None
     if len(sources) > 1 and (cfg.prompt or not cfg.reward_model):
-        raise UserError("several models can be compared on data, by a reward_model; give one, or a single model")
+        raise UserError("several models are compared on data, by a reward_model: give one, or a single model")
     if cfg.out_dir and not cfg.prompt:
         runtime.open_directory(run)
     run.tokenizer = Tokenizer.load(sources[0])
@@ -123,14 +122,14 @@ def main(cfg):
         if cfg.prompt:
             complete(run, cfg, model)
             continue
-        results.append(evaluate(run, cfg, model))
+        rows, summary = evaluate(run, cfg, model)
         if run.is_main:
-            print("\n".join(f"{name:18} {value:10.4f}" for name, value in results[-1][1].items()), source, sep="\n")
-    if results and cfg.out_dir and run.is_main:
-        rows, summary = max(results, key=lambda result: result[1].get("score", 0))
-        (run.out_dir / "samples.jsonl").unlink(missing_ok=True)
-        runtime.append_jsonl(run.out_dir / "samples.jsonl", rows)
-        write_json(run.out_dir / "summary.json", {"model": sources[results.index((rows, summary))], **summary})
+            print("\n".join([source, *(f"{name:18} {value:10.4f}" for name, value in summary.items())]))
+        if best is None or summary["score"] > best[1]["score"]:
+            best = rows, {"model": source, **summary}
+    if best and cfg.out_dir and run.is_main:
+        runtime.write_jsonl(run.out_dir / "samples.jsonl", best[0])
+        write_json(run.out_dir / "summary.json", best[1])
         print(f"wrote {run.out_dir}/samples.jsonl")
     run.close()
 

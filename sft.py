@@ -28,8 +28,8 @@ class Config(runtime.TrainConfig):
     max_length: int = 562  # tokens of query + response; a longer row is an error; 0: any
     eval_every: int = 0  # updates between evaluations; 0: only after the last
     export_every: int = 0  # updates between models in out_dir/step_N, for sample.py to choose from; 0: only the last
-    loss_on: Literal["all", "response"] = "all"  # all: query and response, as the reference; response: the response alone
-    reduction: Literal["sequence", "token"] = "sequence"  # mean over rows of each row's mean, as the reference; or over all
+    loss_on: Literal["all", "response"] = "all"  # all: query and response, as the reference; or the response alone
+    reduction: Literal["sequence", "token"] = "sequence"  # mean over rows of the row's mean, as the reference; over all
     tokenizer: str = ""  # hub id, directory or tokenizer.json; empty: the model's
     scratch: bool = False  # begin with random weights; of `model` only config.json is read
 
@@ -49,13 +49,10 @@ def model_inputs(rows, loss_on, device):
     return collate(*zip(*pairs), device)
 
 
-def n_loss_tokens(rows, loss_on):
-    return sum(n - 1 if loss_on == "all" else len(r[0]) for n, r in zip(rows["length"], rows["responses"]))
-
-
 def update(run, cfg, model, rows):
     """Accumulate the gradient of the batch `rows`; returns the batch's loss."""
-    n_tokens, parts = n_loss_tokens(rows, cfg.loss_on), []
+    n_tokens = sum(n - 1 if cfg.loss_on == "all" else len(r[0]) for n, r in zip(rows["length"], rows["responses"]))
+    parts = []
     for index in run.share(rows["length"], cfg.micro_batch_size):
         ids, select, targets, mask = model_inputs(rows[index], cfg.loss_on, run.device)
         logprobs = token_logprobs(model(ids, select), targets)  # (B, R)
