@@ -8,6 +8,7 @@ Config (names that begin with an underscore are the file's own). Values on the c
 evaluated: the field's type reads them. An unknown key or a wrong type stops the run before it starts.
 """
 
+import ast
 import dataclasses
 import difflib
 import inspect
@@ -57,11 +58,11 @@ def read_file(Config, path, values):
     names = dict(values)
     try:
         with open(path, encoding="utf-8") as file:
-            source = file.read()
-        nothing = re.search(r"^\w+ *(:(?!=)[^=]*|==.*)$", source, re.MULTILINE)
-        if nothing:  # `lr: 1e-5` and `lr == 1e-5` are valid Python
-            raise SyntaxError(f"'{nothing[0]}' sets nothing")
-        exec(compile(source, path, "exec"), names)
+            tree = ast.parse(file.read(), path)
+        for node in tree.body[ast.get_docstring(tree) is not None :]:  # `lr: 1e-5` and `lr == 1e-5` are valid Python
+            if isinstance(node, ast.Expr) or (isinstance(node, ast.AnnAssign) and not node.value):
+                raise SyntaxError(f"line {node.lineno} sets nothing")
+        exec(compile(tree, path, "exec"), names)
     except OSError as error:
         raise UserError(f"config file {path}: cannot be read ({error.strerror}); give the path of a .py file") from None
     except (Exception, SystemExit) as error:
@@ -115,4 +116,4 @@ def describe(Config):
     sources = "".join(inspect.getsource(cls) for cls in reversed(Config.__mro__) if dataclasses.is_dataclass(cls))
     comments = dict(re.findall(r"^\s+(\w+)\s*:.*?\s{2}#\s(.*)$", sources, re.MULTILINE))
     lines = [f"--{f.name}={f.default!r}".ljust(44) + f" {comments.get(f.name, '')}" for f in dataclasses.fields(Config)]
-    return "\n".join(["usage: [config/file.py ...] [--key=value ...]", f"{Config.__module__}.{Config.__name__}:", *lines])
+    return "\n".join(["usage: [config/file.py ...] [--key=value ...]", f"{Config.__module__}.{Config.__name__}", *lines])

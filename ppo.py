@@ -81,7 +81,7 @@ class Config(runtime.TrainConfig):
     entropy_coef: float = 0.0  # weight of an entropy bonus
     ptx_coef: float = 0.0  # weight of an SFT loss on as many rows (PPO-ptx, arXiv:2203.02155)
     ptx_data: str = ""  # its rows: hub id, directory or file with {split}; empty: data
-    monitor: bool = False  # log perplexities and other estimates of KL too
+    diagnostics: bool = False  # log perplexities and other estimates of KL too
     samples_every: int = 10  # updates between rows in samples.jsonl; 0: none
 
 
@@ -296,7 +296,7 @@ def rollout_metrics(cfg, batch, kl_coef):
         "val/response_length": tokens / len(mask),
         "val/generation_gap": ((batch["sampled_logprobs"] - batch["logprobs"]).abs() * mask).sum().item() / tokens,
     }
-    if cfg.monitor:
+    if cfg.diagnostics:
         metrics |= {"objective/kl_k2": kl["k2"], "objective/kl_k3": kl["k3"]}
         for name, column in (("val/perplexity", "logprobs"), ("val/ref_perplexity", "ref_logprobs")):
             metrics[name] = ((batch[column] * mask).sum() / -tokens).exp().item()
@@ -396,7 +396,7 @@ def main(cfg, score=None):
         return
     policy = runtime.load_model(run, GPTNeoX, cfg.model, trainable=True)
     # a reference that moves is float32, or small steps would be lost
-    reference = runtime.load_model(run, GPTNeoX, cfg.reference or cfg.model, cfg.reference_mix > 0).requires_grad_(False)
+    reference = runtime.load_model(run, GPTNeoX, cfg.reference or cfg.model, cfg.reference_mix > 0)
     sources = cfg.reward_model.split(",") if score is None else []
     reward_models = [runtime.load_model(run, ScalarModel, source) for source in sources]
 
@@ -408,7 +408,8 @@ def main(cfg, score=None):
     head = cfg.critic or (sources[0] if sources else "")
     critic = runtime.load_model(run, ScalarModel, head or cfg.model, True, random=None if head else "score")
     ptx = run.load(cfg.ptx_data or cfg.data, cfg.train_split, n_responses=1) if cfg.ptx_coef else None
-    models = {"policy": policy, "critic": critic} | ({"reference": reference} if cfg.reference_mix else {})
+    models = {"policy": policy, "critic": critic}
+    models |= {"reference": reference.requires_grad_(False)} if cfg.reference_mix else {}
     kl_control = FixedKLController(cfg.kl_coef)
     if cfg.kl_target:
         kl_control = AdaptiveKLController(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)

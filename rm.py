@@ -94,8 +94,7 @@ def update(run, cfg, model, rows):
 
 def predict(run, cfg, model, rows):
     """What `forward` returns, for every row of a data set, on every rank: a dict of tensors (n,)."""
-    size, device = cfg.micro_batch_size, run.device
-    return run.map_rows(lambda index: forward(cfg, model, rows[index], device), rows["length"], size)
+    return run.map_rows(lambda i: forward(cfg, model, rows[i], run.device), rows["length"], cfg.micro_batch_size)
 
 
 @torch.no_grad()

@@ -204,8 +204,7 @@ def start(cfg, n_responses, tokenizer="", n_minibatches=1, **options):
     if run.total < 1:
         raise UserError(f"{n_rows} rows are less than a batch of {cfg.batch_size}; lower batch_size")
     if run.is_main:
-        rows = f"{n_minibatches} minibatches x {run.size} processes x {cfg.batch_size // parts} rows"
-        print(f"{run.total} updates of {rows}")
+        print(f"{run.total} updates of {n_minibatches} x {run.size} x {cfg.batch_size // parts} rows (minibatches x processes)")
     return run
 
 
@@ -298,7 +297,7 @@ def generate_rows(run, model, queries, draws, temperature, stop, micro_batch_siz
     model.set_reshard_after_forward(False)  # its parameters stay whole: no collective per token
     rows = run.map_rows(sample, [len(query) for query in queries], micro_batch_size)
     model.set_reshard_after_forward(True)  # the next forward pass shards them again
-    return rows.values()
+    return rows["responses"], rows["logprobs"]
 
 
 # ---------------------------------------------------------------------------- the optimizer

@@ -77,16 +77,16 @@ def put(name, value):
 NORM = "gpt_neox.final_layer_norm.weight"
 # name: (stage, what is done to the playground (it may return changes of the configuration), the words of the line)
 CASES = {
-    "no such device": (sft, lambda d: dict(device="tpu"), "device 'tpu'"),
+    "no such device": (sft, lambda d: dict(device="tpu"), "'device' is 'tpu'.*cuda"),
     "no such dtype": (sft, lambda d: dict(dtype="float8"), "float8.*float32"),
-    "negative seed": (sft, lambda d: dict(seed=-1), "seed must not be negative"),
+    "negative seed": (sft, lambda d: dict(seed=-1), "'seed' takes int from 0"),
     "unknown loss_on": (sft, lambda d: dict(loss_on="query"), "loss_on.*'query'.*response"),
     "unknown reduction": (sft, lambda d: dict(reduction="sum"), "reduction.*sequence"),
-    "unknown schedule": (sft, lambda d: dict(schedule="cosin"), "schedule 'cosin'.*cosine"),
+    "unknown schedule": (sft, lambda d: dict(schedule="cosin"), "'schedule' is 'cosin'.*cosine"),
     "unknown loss_type": (dpo, lambda d: dict(loss_type="hings"), "loss_type 'hings'.*hinge"),
     "smoothing that does nothing": (dpo, lambda d: dict(loss_type="ipo", label_smoothing=0.1), "label_smoothing.*ipo"),
-    "batch of 0": (sft, lambda d: dict(batch_size=0), "batch_size is 0"),
-    "micro-batch of 0": (sft, lambda d: dict(micro_batch_size=0), "micro_batch_size is 0"),
+    "batch of 0": (sft, lambda d: dict(batch_size=0), "'batch_size' takes int from 1"),
+    "micro-batch of 0": (sft, lambda d: dict(micro_batch_size=0), "'micro_batch_size' takes int from 1"),
     "batch not divisible": (ppo, lambda d: dict(n_minibatches=3), "batch_size 8 does not divide by 3.*multiple of 3"),
     "batch larger than the data": (sft, lambda d: dict(batch_size=64, episodes=0), "60 rows are less than a batch"),
     "out_dir is a file": (sft, lambda d: (d / "new").write_text("") and None, "new.*cannot be written"),
@@ -123,7 +123,7 @@ CASES = {
     "no summary": (sft, lambda d: dict(data=write_rows(d / "x.jsonl", [{**POST, "summary": None}] * 8)),
                    "row 0.*'summary' is None"),
     "half a pair": (rm, lambda d: dict(data=write_rows(d / "x.jsonl", [{"prompt": "a", "chosen": " b"}])),
-                    "row 0: .* 0 responses, but a query and 2"),
+                    "row 0: .* 1 responses, but a query and 2"),
     "posts instead of pairs": (rm, lambda d: dict(data=str(d / "data/sft_{split}.jsonl")),
                                "row 0: .* 1 responses, but a query and 2"),
     "choice of 2": (rm, lambda d: dict(data=write_rows(d / "x.jsonl", [PAIR, {**PAIR, "choice": 2}])),
@@ -137,17 +137,17 @@ CASES = {
         {"chosen": [{"content": "a"}], "rejected": [{"content": "b"}]}])), "'role'"),
     "longer than the model": (sft, lambda d: dict(data=write_rows(d / "x.jsonl", [{"prompt": "a " * 3000,
         "completion": " b"}] * 8), max_length=0, eval_split=""), "longer than the model's 2048"),
-    "greedy PPO": (ppo, lambda d: dict(temperature=-1.0), "temperature is -1.0"),
-    "PPO at temperature 0": (ppo, lambda d: dict(temperature=0.0), "temperature is 0.0"),
-    "PPO without epochs": (ppo, lambda d: dict(n_epochs=0), "n_epochs is 0"),
-    "PPO in 0 minibatches": (ppo, lambda d: dict(n_minibatches=0), "n_minibatches is 0"),
-    "PPO without a response": (ppo, lambda d: dict(response_length=0), "response_length is 0"),
-    "rollout micro-batch of 0": (ppo, lambda d: dict(rollout_micro_batch_size=0), "rollout_micro_batch_size is 0"),
-    "no KL horizon": (ppo, lambda d: dict(kl_horizon=0), "kl_horizon is 0"),
-    "no pull to the reference": (dpo, lambda d: dict(beta=0.0), "beta is 0"),
+    "greedy PPO": (ppo, lambda d: dict(temperature=-1.0), "'temperature' takes finite float above 0"),
+    "PPO at temperature 0": (ppo, lambda d: dict(temperature=0.0), "'temperature' takes finite float above 0"),
+    "PPO without epochs": (ppo, lambda d: dict(n_epochs=0), "'n_epochs' takes int from 1"),
+    "PPO in 0 minibatches": (ppo, lambda d: dict(n_minibatches=0), "'n_minibatches' takes int from 1"),
+    "PPO without a response": (ppo, lambda d: dict(response_length=0), "'response_length' takes int from 1"),
+    "rollout micro-batch of 0": (ppo, lambda d: dict(rollout_micro_batch_size=0), "'rollout_micro_batch_size' takes int from 1"),
+    "no KL horizon": (ppo, lambda d: dict(kl_horizon=0), "'kl_horizon' takes int from 1"),
+    "no pull to the reference": (dpo, lambda d: dict(beta=0.0), "'beta' takes finite float above 0"),
     "no training split": (sft, lambda d: dict(train_split="", data=str(d / "data")), "cannot be loaded"),
-    "vocabulary too small": (sft, lambda d: dict(vocab_size=300), "vocab_size 300 is less than the tokenizer's"),
-    "sample in micro-batches of 0": (sample, lambda d: dict(micro_batch_size=0), "micro_batch_size is 0"),
+    "vocabulary too small": (sft, lambda d: edit_json(d / "data/config.json", vocab_size=300), "vocab_size 300 is less than the tokenizer's"),
+    "sample in micro-batches of 0": (sample, lambda d: dict(micro_batch_size=0), "'micro_batch_size' takes int from 1"),
     "samples into a training run": (sample, lambda d: (d / "sft").rename(d / "new") and dict(
         model=str(d / "new/final"), reward_model="", reference=""), "new holds a run with another configuration"),
     "sampling from nothing": (sample, lambda d: dict(model=str(d / "nowhere")), "nowhere"),
@@ -163,15 +163,14 @@ def contents(directory):
 def test_bad_input_is_one_line(pipeline, bad, case):
     stage, damage, words = CASES[case]
     changes = damage(bad)
-    cfg = change(pipeline, bad, stage, **(changes if isinstance(changes, dict) else {}))
     before = contents(bad)
     with pytest.raises(UserError, match=words) as error:
-        stage.main(cfg)
+        stage.main(change(pipeline, bad, stage, **(changes if isinstance(changes, dict) else {})))
     assert "\n" not in str(error.value)
     after = contents(bad)
     # a run that gets as far as its directory writes its configuration there; nothing else may change
     new = {path for path in after if path not in before}
-    assert all(path.is_relative_to(Path(cfg.out_dir)) and path.name == "config.json" for path in new)
+    assert all(path.is_relative_to(bad / "new") and path.name == "config.json" for path in new)
     assert {path: after[path] for path in before} == before
 
 

@@ -439,9 +439,3 @@ def test_learning_rate_warms_up_to_its_peak(schedule):
     fall = np.diff(rates[10:])
     assert (fall == 0).all() if schedule == "constant" else (fall < 0).all()
     assert rates[-1] >= 0
-
-
-@pytest.mark.parametrize("warmup_steps", [0, 5])
-def test_learning_rate_refuses_an_unknown_schedule_at_the_first_step(warmup_steps):
-    with pytest.raises(SystemExit, match="cosin"):
-        learning_rate(0, 10, 1e-3, "cosin", warmup_steps=warmup_steps)

@@ -30,6 +30,7 @@ STAGES = ["sft", "rm", "ppo", "dpo"]
 def cpu_run(pipeline):
     """A Run with no directory, for calling a stage's functions one by one."""
     run = runtime.Run(pipeline.config(sft, "unused"))
+    run.tokenizer = Tokenizer.load(str(pipeline.sft))
     yield run
     run.close()
 
@@ -94,12 +95,12 @@ def test_sft_lowers_the_loss_on_held_out_rows(pipeline):
 
 def test_rm_reads_the_reward_at_eos(pipeline, posts, cpu_run):
     model = runtime.load_model(cpu_run, rm.ScalarModel, str(pipeline.rm))
-    rewards = rm.predict(cpu_run, cpu_run.cfg, model, posts)
+    rewards = rm.predict(cpu_run, pipeline.config(rm, "unused"), model, posts)["best"]
     for row in (0, 7, 33):
         query, response = posts[row]["query"], posts[row]["responses"][0]
         assert response[-1] == 0  # EOS
         expected = hub_scalars(pipeline.rm, query, response)[-1]
-        assert rewards[row, 0].item() == pytest.approx(expected.item(), abs=FORWARD)
+        assert rewards[row].item() == pytest.approx(expected.item(), abs=FORWARD)
 
 
 def test_rm_normalization_centres_the_references_through_the_bias(pipeline, posts):
@@ -120,15 +121,22 @@ def test_rm_evaluation_matches_a_count_by_hand(pipeline):
     rows = load_rows(f"{pipeline.data}/comparisons_{{split}}.jsonl", "validation",
                      Tokenizer.load(str(pipeline.data)), 2)  # fmt: skip
     report = json.loads((pipeline.directory / "rm" / "eval.json").read_text())
-    right = []
+    margins = []
     for row in rows:
         chosen, rejected = (hub_scalars(pipeline.rm, row["query"], response)[-1] for response in row["responses"])
-        right.append(bool(chosen > rejected))
-    assert report["accuracy"]["all"] == {"accuracy": pytest.approx(np.mean(right)), "n": len(rows)}
+        margins.append((chosen - rejected).item())
+    margins = np.array(margins)
+
+    def row_of(picked):
+        sure = 1 / (1 + np.exp(-np.abs(picked)))
+        return dict(accuracy=pytest.approx(np.mean(picked > 0)), expected=pytest.approx(sure.mean()), n=len(picked))
+
+    assert report["accuracy"]["all"] == row_of(margins)
     for batch in set(rows["batch"]):
-        picked = [r for r, b in zip(right, rows["batch"]) if b == batch]
-        expected = {"accuracy": pytest.approx(np.mean(picked)), "n": len(picked)}
-        assert report["accuracy"][f"batch {batch}"] == expected
+        assert report["accuracy"][f"batch {batch}"] == row_of(margins[np.array(rows["batch"]) == batch])
+    for low in (0.0, 0.5):  # calibration: accuracy by distance of the rewards, against the ideal sigmoid
+        picked = margins[(np.abs(margins) >= low) & (np.abs(margins) < low + 0.5)]
+        assert report["accuracy"].get(f"margin >= {low}") == (row_of(picked) if len(picked) else None)
 
 
 # ---------------------------------------------------------------------------- DPO
@@ -149,7 +157,7 @@ def test_dpo_starts_at_log_2_with_zero_rewards(pipeline):
 def test_dpo_logprobs_match_hub_model(pipeline, pairs, cpu_run):
     tokenizer = Tokenizer.load(str(pipeline.sft))
     model = runtime.load_model(cpu_run, dpo.GPTNeoX, str(pipeline.sft))
-    ours = dpo.predict(cpu_run, cpu_run.cfg, model, pairs, tokenizer.n_vocab)
+    ours = dpo.predict(cpu_run, cpu_run.cfg, model, pairs)
     hub = GPTNeoXForCausalLM.from_pretrained(pipeline.sft)
     for row in (0, 5, 39):
         for column, response in enumerate(pairs[row]["responses"]):
@@ -189,10 +197,10 @@ def test_rollout_matches_hub_models(pipeline, posts, cpu_run):
     critic, reward_model = (runtime.load_model(cpu_run, ppo.ScalarModel, str(pipeline.rm)) for _ in range(2))
 
     def score(queries, responses):
-        return last_scalars(reward_model, cpu_run.device, queries, responses)
+        return last_scalars([reward_model], cpu_run.device, queries, responses)
 
     queries = posts[:16]["query"]
-    batch = ppo.rollout(cpu_run, cfg, policy, reference, critic, score, queries, 3, tokenizer)
+    batch = ppo.rollout(cpu_run, cfg, policy, reference, critic, score, queries, 3)
     hub, ended = GPTNeoXForCausalLM.from_pretrained(pipeline.sft), 0
     for row, query in enumerate(queries):
         response = batch["responses"][row].tolist()
@@ -353,9 +361,9 @@ def test_resume_is_bitwise(pipeline, name, monkeypatch):
     broken = pipeline.config(stage, f"{name}_broken", episodes=40, save_every=2, **adaptive)
     log = runtime.Run.log
 
-    def log_and_die(run, step, *args, **kwargs):
-        log(run, step, *args, **kwargs)
-        if step == 3:
+    def log_and_die(run, *args, **kwargs):
+        log(run, *args, **kwargs)
+        if run.step == 3:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(runtime.Run, "log", log_and_die)
