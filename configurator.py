@@ -116,4 +116,4 @@ def describe(Config):
     sources = "".join(inspect.getsource(cls) for cls in reversed(Config.__mro__) if dataclasses.is_dataclass(cls))
     comments = dict(re.findall(r"^\s+(\w+)\s*:.*?\s{2}#\s(.*)$", sources, re.MULTILINE))
     lines = [f"--{f.name}={f.default!r}".ljust(44) + f" {comments.get(f.name, '')}" for f in dataclasses.fields(Config)]
-    return "\n".join(["usage: [config/file.py ...] [--key=value ...]", f"{Config.__module__}.{Config.__name__}", *lines])
+    return "\n".join(["usage: [config/x.py ...] [--key=value ...]", f"{Config.__module__}.{Config.__name__}", *lines])

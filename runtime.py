@@ -204,7 +204,7 @@ def start(cfg, n_responses, tokenizer="", n_minibatches=1, **options):
     if run.total < 1:
         raise UserError(f"{n_rows} rows are less than a batch of {cfg.batch_size}; lower batch_size")
     if run.is_main:
-        print(f"{run.total} updates of {n_minibatches} x {run.size} x {cfg.batch_size // parts} rows (minibatches x processes)")
+        print(f"{run.total} updates: {n_minibatches} minibatches x {run.size} ranks x {cfg.batch_size // parts} rows")
     return run
 
 

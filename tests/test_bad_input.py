@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -142,11 +141,13 @@ CASES = {
     "PPO without epochs": (ppo, lambda d: dict(n_epochs=0), "'n_epochs' takes int from 1"),
     "PPO in 0 minibatches": (ppo, lambda d: dict(n_minibatches=0), "'n_minibatches' takes int from 1"),
     "PPO without a response": (ppo, lambda d: dict(response_length=0), "'response_length' takes int from 1"),
-    "rollout micro-batch of 0": (ppo, lambda d: dict(rollout_micro_batch_size=0), "'rollout_micro_batch_size' takes int from 1"),
+    "rollout micro-batch of 0": (ppo, lambda d: dict(rollout_micro_batch_size=0),
+                                 "'rollout_micro_batch_size' takes int from 1"),
     "no KL horizon": (ppo, lambda d: dict(kl_horizon=0), "'kl_horizon' takes int from 1"),
     "no pull to the reference": (dpo, lambda d: dict(beta=0.0), "'beta' takes finite float above 0"),
     "no training split": (sft, lambda d: dict(train_split="", data=str(d / "data")), "cannot be loaded"),
-    "vocabulary too small": (sft, lambda d: edit_json(d / "data/config.json", vocab_size=300), "vocab_size 300 is less than the tokenizer's"),
+    "vocabulary too small": (sft, lambda d: edit_json(d / "data/config.json", vocab_size=300),
+                             "vocab_size 300 is less than the tokenizer's"),
     "sample in micro-batches of 0": (sample, lambda d: dict(micro_batch_size=0), "'micro_batch_size' takes int from 1"),
     "samples into a training run": (sample, lambda d: (d / "sft").rename(d / "new") and dict(
         model=str(d / "new/final"), reward_model="", reference=""), "new holds a run with another configuration"),
