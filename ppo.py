@@ -164,7 +164,7 @@ def policy_loss(new_logprobs, logprobs, advantages, cliprange, kl_delta=0.0, rol
     gain = advantages * ratio
     if kl_delta:
         far = (kl_estimate(logprobs - new_logprobs, "k3") >= kl_delta) & (gain > advantages)
-        return -((1 + rollback) * gain.detach() - rollback * gain).where(far, gain)
+        return -(gain.detach() - rollback * (gain - gain.detach())).where(far, gain)
     clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
     if rollback:
         clipped = clipped - rollback * (ratio - clipped)

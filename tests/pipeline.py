@@ -22,6 +22,11 @@ def make_data(directory):
     return directory
 
 
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
 class Pipeline:
     """Where the pieces are, and configurations of every stage on them."""
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from pipeline import ROOT, arguments
+from pipeline import ROOT, arguments, write_rows
 from safetensors.torch import load_file, save_file
 
 import dpo
@@ -41,11 +41,6 @@ def change(pipeline, bad, stage, **changes):
     moved = {key: value.replace(str(pipeline.directory), str(bad))
              for key, value in dataclasses.asdict(cfg).items() if isinstance(value, str)}  # fmt: skip
     return dataclasses.replace(cfg, **moved)
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def edit_json(path, **changes):

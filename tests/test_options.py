@@ -1,0 +1,486 @@
+"""The real main functions on tiny models, with one option at a time: each test sees that option's own effect."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pipeline import metrics, same_metrics, write_rows
+from safetensors.torch import load_file
+from transformers import GPTNeoXForCausalLM
+
+import dpo
+import ppo
+import rm
+import runtime
+import sample
+import sft
+from configurator import UserError
+from data import Tokenizer, batch_rows, load_rows
+
+FORWARD = 1e-4  # as in test_stages: float32 forward passes of this size agree to about 1e-5 nats per token
+
+
+@pytest.fixture
+def ppo_run(pipeline, monkeypatch):
+    """ppo_run(name, **options) -> (rows of metrics, what ppo.prepare returned at each update); two updates of 8."""
+
+    def run(name, score=None, **options):
+        batches, prepare = [], ppo.prepare
+
+        def keep(*args, **kwargs):
+            batches.append(prepare(*args, **kwargs))
+            return batches[-1]
+
+        monkeypatch.setattr(ppo, "prepare", keep)
+        cfg = pipeline.config(ppo, f"option_{name}", **{"eval_split": "", "samples_every": 0, **options})
+        ppo.main(cfg, score)
+        monkeypatch.setattr(ppo, "prepare", prepare)
+        return metrics(cfg), [{key: x.double().numpy() for key, x in batch.items()} for batch in batches]
+
+    return run
+
+
+def policy(pipeline, name):
+    return load_file(pipeline.directory / f"option_{name}" / "final" / "model.safetensors")
+
+
+def same_weights(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def paid(batch, kl_coef=0.05):
+    """What the scores were worth in the rewards: the rewards' sum without the KL penalty."""
+    return batch["rewards"].sum(1) + kl_coef * batch["kl"].sum(1)
+
+
+def gae_by_hand(batch, gamma=1.0, lam=0.95):
+    rewards, values = batch["rewards"], batch["values"]
+    advantages = np.zeros_like(rewards)
+    for t in range(rewards.shape[1]):
+        for later in range(t, rewards.shape[1]):
+            following = values[:, later + 1] if later + 1 < rewards.shape[1] else 0
+            error = rewards[:, later] + gamma * following - values[:, later]
+            advantages[:, t] += (gamma * lam) ** (later - t) * error
+    return advantages
+
+
+# sums of 10 float32 terms of size 1, a few operations each: 20 x 6e-8, and a reward of 5 has an ulp of 5e-7
+REWARDS = 5e-6
+
+# ---------------------------------------------------------------------------- PPO: rewards
+
+
+def test_truncate_token_ends_responses_and_truncate_after_waits_for_it(pipeline, ppo_run):
+    tokenizer = Tokenizer.load(str(pipeline.sft))
+    (period,) = tokenizer.encode(".")
+    seen = []
+
+    def score(queries, responses):
+        seen.extend(responses)
+        return [5.0] * len(responses)
+
+    for after in (0, 4):
+        rows, (first, _) = ppo_run(f"truncate{after}", score, truncate_token=period, truncate_after=after)
+        ended = 0
+        for row, response in enumerate(first["responses"].astype(int).tolist()):
+            places = [place for place, token in enumerate(response) if token == period and place >= after]
+            ended += bool(places)
+            assert first["last"][row] == (places[0] if places else len(response) - 1)
+            assert first["scores"][row] == (5 if places else -1)
+            assert first["mask"][row].sum() == first["last"][row] + 1
+            if places:
+                assert tokenizer.decode(response[: places[0] + 1]) in seen  # what is scored ends with the period
+        assert ended > 0 and rows[0]["val/num_eos_tokens"] == ended
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_estimator_shapes_the_rewards(ppo_run, estimator):
+    rows, (_, second) = ppo_run(f"kl_{estimator}", kl_estimator=estimator)
+    d = (second["logprobs"] - second["ref_logprobs"]) * second["mask"]
+    penalty = 0.05 * {"k1": d, "k2": d**2 / 2, "k3": np.exp(-d) - 1 + d}[estimator]
+    end = np.minimum(second["last"].astype(int) + 1, d.shape[1] - 1)
+    expected = -penalty
+    expected[np.arange(len(d)), end] += second["scores"]
+    assert np.abs(penalty).max() > 1e-4
+    np.testing.assert_allclose(second["rewards"], expected, atol=REWARDS)
+    assert rows[1]["objective/non_score_reward"] == pytest.approx(-penalty.sum(1).mean(), abs=REWARDS)
+    assert rows[1]["objective/kl"] == pytest.approx(d.sum(1).mean(), abs=REWARDS)  # reported as k1 whatever is paid
+
+
+@pytest.mark.parametrize("how", ["scale", "normalize"])
+def test_reward_norm_uses_the_moments_of_all_scores_so_far(ppo_run, how):
+    _, batches = ppo_run(f"norm_{how}", reward_norm=how)
+    scores = [batch["scores"] for batch in batches]
+    for number, batch in enumerate(batches, 1):
+        so_far = np.concatenate(scores[:number])
+        mean = so_far.mean() if how == "normalize" else 0.0
+        np.testing.assert_allclose(paid(batch), (batch["scores"] - mean) / so_far.std(ddof=1), atol=REWARDS)
+    assert len(batches) == 2 and scores[0].std() > 0
+
+
+def test_reward_clip_bounds_what_is_paid(ppo_run):
+    rows, batches = ppo_run("reward_clip", reward_norm="normalize", reward_clip=0.3)
+    assert max(np.abs(paid(batch)).max() for batch in batches) == pytest.approx(0.3, abs=REWARDS)
+    assert rows[0]["objective/scores"] == pytest.approx(batches[0]["scores"].mean(), abs=REWARDS)  # reported as it is
+
+
+def test_whiten_rewards_scales_them_to_variance_one(ppo_run):
+    _, batches = ppo_run("whiten_rewards", whiten_rewards=True)
+    for batch in batches:
+        rewards = batch["rewards"][batch["mask_p1"] > 0]
+        assert rewards.var() == pytest.approx(1, abs=1e-3)  # the epsilon 1e-8 against a variance above 1e-5
+        assert abs(rewards.mean()) > 1e-3  # the mean is kept
+
+
+def test_whiten_advantages_off_leaves_them_as_they_are(ppo_run):
+    _, batches = ppo_run("raw_advantages", whiten_advantages=False)
+    for batch in batches:
+        np.testing.assert_allclose(batch["advantages"], gae_by_hand(batch) * batch["mask"], atol=REWARDS)
+
+
+def test_advantage_clip_bounds_whitened_advantages(ppo_run):
+    _, batches = ppo_run("advantage_clip", advantage_clip=0.5)
+    for batch in batches:
+        raw, mask = gae_by_hand(batch), batch["mask"] > 0
+        whitened = (raw - raw[mask].mean()) / raw[mask].std()
+        np.testing.assert_allclose(batch["advantages"][mask], whitened.clip(-0.5, 0.5)[mask], atol=1e-4)
+        assert (np.abs(batch["advantages"]) == 0.5).any()
+
+
+def test_reward_models_are_averaged(pipeline, ppo_run):
+    other = pipeline.config(rm, "rm_member", seed=7, bootstrap=True, normalize_std=True, eval_split="")
+    rm.main(other)
+    members = str(pipeline.rm), f"{other.out_dir}/final"
+    common = dict(episodes=8, missing_eos_score=0.0)
+    scores = [ppo_run(f"member{n}", reward_model=source, **common)[1][0]["scores"] for n, source in enumerate(members)]
+    both = ppo_run("ensemble", reward_model=",".join(members), critic=members[0], **common)[1][0]["scores"]
+    assert np.abs(scores[0] - scores[1]).max() > 1e-3
+    np.testing.assert_allclose(both, (scores[0] + scores[1]) / 2, atol=REWARDS)
+
+
+# ---------------------------------------------------------------------------- PPO: the update
+
+
+def test_critic_steps_leave_the_policy_alone_at_first(pipeline, ppo_run):
+    initial = load_file(pipeline.sft / "model.safetensors")
+    rows, batches = ppo_run("critic_first", critic_steps=1, episodes=8)
+    assert same_weights(policy(pipeline, "critic_first"), initial)
+    # and then both learn: the second rollout is still the initial policy's, but the critic has moved
+    rows, (first, second) = ppo_run("critic_then_both", critic_steps=1)
+    assert rows[1]["objective/kl"] == 0.0 and rows[0]["policy/approxkl_avg"] < 1e-12 < rows[1]["policy/approxkl_avg"]
+    assert not same_weights(policy(pipeline, "critic_then_both"), initial)
+    plain = ppo_run("no_critic_first")[0]
+    assert plain[1]["objective/kl"] != 0.0 and plain[0]["loss/value_avg"] == pytest.approx(rows[0]["loss/value_avg"])
+
+
+def test_critic_lr_is_the_critics_alone(pipeline, ppo_run, monkeypatch):
+    """Adam's first step moves the weight with the largest gradient by about its learning rate."""
+    moved, update = {}, ppo.ppo_update
+
+    def watch(run, cfg, policy, critic, *args):
+        before = {name: [p.full_tensor().clone() for p in model.parameters()] for name, model in run.models.items()}
+        result = update(run, cfg, policy, critic, *args)
+        for name, model in run.models.items():
+            after = [p.full_tensor() for p in model.parameters()]
+            moved[name] = max((a - b).abs().max().item() for a, b in zip(after, before[name]))
+        return result
+
+    monkeypatch.setattr(ppo, "ppo_update", watch)
+    rows, _ = ppo_run("critic_lr", critic_lr=1e-2, lr=1e-3, adam_eps=1e-12, weight_decay=0.0, n_epochs=1, episodes=8)
+    # the step is lr g / (|g| + eps): lr itself; a weight of size 1 has an ulp of 1e-7
+    assert moved["policy"] == pytest.approx(1e-3, abs=1e-6) and moved["critic"] == pytest.approx(1e-2, abs=1e-6)
+    assert rows[0]["lr"] == 1e-3
+
+
+def test_entropy_coef_raises_the_entropy(ppo_run):
+    off, on = (ppo_run(f"entropy{coef}", entropy_coef=coef)[0] for coef in (0.0, 10.0))
+    assert on[0]["policy/entropy_avg"] == off[0]["policy/entropy_avg"]  # of the first rollout, before any update
+    assert on[1]["policy/entropy_avg"] > off[1]["policy/entropy_avg"] + 0.01
+
+
+def test_ptx_adds_the_sft_loss(pipeline, ppo_run):
+    """The first step's loss is transformers' cross-entropy of the mixed-in rows; later the SFT loss is lower."""
+    rows, _ = ppo_run("ptx", ptx_coef=10.0, n_epochs=1)
+    data = load_rows(f"{pipeline.data}/sft_{{split}}.jsonl", "train", Tokenizer.load(str(pipeline.sft)), 1)
+    model, sums, count = GPTNeoXForCausalLM.from_pretrained(pipeline.sft), 0.0, 0
+    for row in data.select(batch_rows(len(data), 8, 0, 44414)):
+        query, response = row["query"], row["responses"][0]
+        logits = model(torch.tensor([query + response])).logits[0, len(query) - 1 : -1].double()
+        sums -= torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None]).sum().item()
+        count += len(response)
+    assert rows[0]["loss/ptx_avg"] == pytest.approx(sums / count, abs=FORWARD)
+    off, _ = ppo_run("no_ptx", n_epochs=1)
+    assert "loss/ptx_avg" not in off[0]
+    losses = []
+    for name in ("ptx", "no_ptx"):
+        cfg = pipeline.config(sft, f"after_{name}", scratch=False, model=f"{pipeline.directory}/option_{name}/final",
+                              episodes=8, lr=1e-9)  # fmt: skip
+        sft.main(cfg)
+        losses.append(metrics(cfg)[-1]["eval/loss"])
+    assert losses[0] < losses[1]
+
+
+def test_max_grad_norm_bounds_the_step(pipeline, ppo_run):
+    """With an epsilon far above the gradient, Adam's step is lr / eps times the clipped gradient."""
+    moved = {}
+    for limit in (0.0, 1e-3):
+        name = f"clip{limit}"
+        rows, _ = ppo_run(name, max_grad_norm=limit, adam_eps=1e3, lr=1.0, weight_decay=0.0, n_epochs=1, episodes=8)
+        initial, final = load_file(pipeline.sft / "model.safetensors"), policy(pipeline, name)
+        moved[limit] = torch.cat([(final[key] - initial[key]).flatten().double() for key in final]).norm().item()
+    assert rows[0]["grad_norm"] > 1e-3  # reported as it was
+    assert moved[1e-3] / moved[0.0] == pytest.approx(1e-3 / rows[0]["grad_norm"], rel=0.02)  # steps of 1e-6 on ulps
+
+
+def test_kl_delta_stops_what_has_gone_too_far(ppo_run):
+    """With a limit that any step passes, a token's first step is its last: the policy stays nearer to the old one."""
+    off, on = (ppo_run(f"delta{delta}", kl_delta=delta, cliprange=10.0, lr=3e-3)[0] for delta in (0.0, 1e-12))
+    assert 0 < on[0]["policy/approxkl_avg"] < off[0]["policy/approxkl_avg"] / 1.2
+
+
+def test_rollback_pulls_back_what_has_gone_too_far(ppo_run):
+    common = dict(cliprange=0.01, lr=3e-3)
+    flat, back = (ppo_run(f"rollback{slope}", rollback=slope, **common)[0] for slope in (0.0, 3.0))
+    assert back[0]["val/ratio_var"] < flat[0]["val/ratio_var"] / 1.2
+    kl = dict(common, kl_delta=1e-4)
+    flat, back = (ppo_run(f"kl_rollback{slope}", rollback=slope, **kl)[0] for slope in (0.0, 3.0))
+    assert back[0]["val/ratio_var"] < flat[0]["val/ratio_var"] / 1.2
+
+
+def test_target_kl_stops_the_policy_and_not_the_critic(pipeline, ppo_run):
+    """Any step goes beyond this target, so of four epochs the policy takes one, to the bit; the critic takes four."""
+    stopped, _ = ppo_run("target_kl", target_kl=1e-9, episodes=8)
+    one, _ = ppo_run("one_epoch", n_epochs=1, episodes=8)
+    assert same_weights(policy(pipeline, "target_kl"), policy(pipeline, "one_epoch"))
+    free, _ = ppo_run("four_epochs", episodes=8)
+    assert not same_weights(policy(pipeline, "target_kl"), policy(pipeline, "four_epochs"))
+    assert stopped[0]["loss/value_avg"] == free[0]["loss/value_avg"] < one[0]["loss/value_avg"]
+
+
+def test_reference_mix_moves_the_reference(ppo_run):
+    fixed, half, all_ = (ppo_run(f"mix{share}", reference_mix=share)[0] for share in (0.0, 0.5, 1.0))
+    assert fixed[0]["objective/kl"] == half[0]["objective/kl"] == all_[0]["objective/kl"] == 0.0
+    assert all_[1]["objective/kl"] == 0.0  # the reference is the policy again
+    assert 0 < abs(half[1]["objective/kl"]) < abs(fixed[1]["objective/kl"])
+
+
+def test_diagnostics_are_what_the_samples_say(ppo_run):
+    rows, batches = ppo_run("diagnostics", diagnostics=True)
+    for row, batch in zip(rows, batches):
+        mask, d = batch["mask"], batch["kl"]
+        for name, column in (("val/perplexity", "logprobs"), ("val/ref_perplexity", "ref_logprobs")):
+            expected = np.exp(-(batch[column] * mask).sum() / mask.sum())
+            assert row[name] == pytest.approx(expected, rel=1e-5)
+        assert row["objective/kl_k2"] == pytest.approx((d**2 / 2).sum(1).mean(), abs=REWARDS)
+        assert row["objective/kl_k3"] == pytest.approx((np.exp(-d) - 1 + d).sum(1).mean(), abs=REWARDS)
+    assert rows[0]["val/perplexity"] == rows[0]["val/ref_perplexity"] != rows[1]["val/perplexity"]
+
+
+def test_options_that_are_off_leave_no_trace(ppo_run):
+    rows, _ = ppo_run("off")
+    assert set(rows[0]) == {
+        "step", "episode", "objective/kl", "objective/kl_coef", "objective/entropy", "objective/non_score_reward",
+        "objective/rlhf_reward", "objective/scores", "policy/entropy_avg", "val/num_eos_tokens", "val/eos_rate",
+        "val/response_length", "val/generation_gap", "val/ratio", "loss/policy_avg", "loss/value_avg",
+        "policy/approxkl_avg", "policy/clipfrac_avg", "val/clipfrac_avg", "val/ratio_avg", "val/ratio_var", "lr",
+        "grad_norm"}  # fmt: skip
+
+
+EVERYTHING = dict(kl_estimator="k3", reward_norm="normalize", reward_clip=2.0, advantage_clip=1.0, critic_steps=3,
+                  critic_lr=2e-3, entropy_coef=0.01, ptx_coef=0.5, max_grad_norm=1.0, kl_delta=0.03, rollback=0.3,
+                  target_kl=0.05, reference_mix=0.1, diagnostics=True, adam_style="tf", kl_target=0.5)  # fmt: skip
+
+
+def test_all_options_resume_bitwise(pipeline, monkeypatch):
+    """Killed while the critic alone learns (the policy has no moments yet), it goes on as if nothing had been."""
+    whole, broken = (pipeline.config(ppo, f"options_{name}", episodes=40, save_every=2, **EVERYTHING)
+                     for name in ("whole", "broken"))  # fmt: skip
+    ppo.main(whole)
+    log = runtime.Run.log
+
+    def log_and_die(run, *args, **kwargs):
+        log(run, *args, **kwargs)
+        if run.step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runtime.Run, "log", log_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        ppo.main(broken)
+    monkeypatch.undo()
+    torch.distributed.destroy_process_group()
+    ppo.main(broken)
+    for file in ("metrics.jsonl", "final/model.safetensors"):
+        assert (Path(whole.out_dir) / file).read_bytes() == (Path(broken.out_dir) / file).read_bytes(), file
+
+
+def test_all_options_are_invariant_to_micro_batch_size(pipeline):
+    runs = []
+    for micro in (1, 8):
+        cfg = pipeline.config(ppo, f"options_micro{micro}", micro_batch_size=micro, **{**EVERYTHING, "critic_steps": 0})
+        ppo.main(cfg)
+        runs.append(metrics(cfg))
+    same_metrics(*runs)
+
+
+# ---------------------------------------------------------------------------- the reward model
+
+
+def test_rm_normalize_std_gives_references_mean_0_and_variance_1(pipeline):
+    cfg = pipeline.config(rm, "rm_std", normalize_std=True)
+    rm.main(cfg)
+    report = json.loads((Path(cfg.out_dir) / "eval.json").read_text())
+    assert report["normalize/mean_after"] == pytest.approx(0, abs=FORWARD)
+    assert report["normalize/std_after"] == pytest.approx(1, abs=FORWARD)
+    # also before training: the first margins are those of a head whose references have that variance
+    plain = metrics(pipeline.directory / "rm")[0]
+    assert abs(metrics(cfg)[0]["train/margin"]) > 5 * abs(plain["train/margin"])
+
+
+def test_rm_evaluation_shows_eos_apart_from_other_tokens(pipeline):
+    from test_stages import hub_scalars
+
+    report = json.loads((pipeline.directory / "rm" / "eval.json").read_text())
+    data, tokenizer = f"{pipeline.data}/comparisons_{{split}}.jsonl", Tokenizer.load(str(pipeline.data))
+    rows = load_rows(data, "validation", tokenizer, 2)
+    at_eos, elsewhere, negative = [], [], []
+    for row in rows:
+        scalars = hub_scalars(pipeline.rm, row["query"], row["responses"][0]).detach().numpy()
+        response = scalars[len(row["query"]) :]
+        at_eos.append(response[-1])
+        elsewhere.append(response[:-1].mean())
+        negative.append((response[:-1] < 0).mean())
+    assert report["reward/at_eos"] == pytest.approx(np.mean(at_eos), abs=FORWARD)
+    assert report["reward/elsewhere"] == pytest.approx(np.mean(elsewhere), abs=FORWARD)
+    assert report["reward/elsewhere_negative"] == pytest.approx(np.mean(negative), abs=0.02)  # one sign near 0
+    assert report["normalize/mean_after"] == pytest.approx(0, abs=FORWARD)
+    assert report["normalize/std_after"] == pytest.approx(report["normalize/std"], abs=FORWARD)
+
+
+def ranked(n):
+    """Rankings of 2 to 4 responses, by how many vowels they have."""
+    words = [" aeiou", " aei", " xyz", " bcd"]
+    return [{"prompt": f"letters {i}:", "responses": words[: 2 + i % 3]} for i in range(n)]
+
+
+def test_rm_learns_rankings_of_different_lengths(pipeline, tmp_path):
+    data = write_rows(tmp_path / "ranked.jsonl", ranked(24))
+    common = dict(data=data, episodes=160, eval_split="train", normalize_data="")
+    one, two = (pipeline.config(rm, f"rm_ranked{micro}", micro_batch_size=micro, **common) for micro in (1, 8))
+    rm.main(one)
+    rm.main(two)
+    same_metrics(metrics(one), metrics(two))
+    first, last = metrics(one)[0], metrics(one)[-2]
+    assert last["loss/rm"] < first["loss/rm"] - 0.2 and metrics(one)[-1]["eval/accuracy"] == 1.0
+
+
+def test_rm_soft_labels_meet_their_probability(pipeline, tmp_path):
+    """A target of 0.2 turns a pair round; ties pull the rewards together; the clamp keeps targets near 0.5."""
+    pairs = [{"prompt": f"letters {i}:", "chosen": " xyz", "rejected": " aeiou", "target": 0.2} for i in range(8)]
+    data = write_rows(tmp_path / "soft.jsonl", pairs)
+    common = dict(data=data, episodes=8 * 60, eval_split="train", normalize_data="", lr=3e-3)
+    for name, options, probability in (("soft", {}, 0.8), ("clamp", dict(target_clamp=0.1), 0.6)):
+        cfg = pipeline.config(rm, f"rm_{name}", **common, **options)
+        rm.main(cfg)
+        margin = metrics(cfg)[-2]["train/margin"]
+        assert margin == pytest.approx(np.log(probability / (1 - probability)), abs=0.1)  # where the gradient is 0
+    # a tie is neither right nor wrong
+    ties = write_rows(tmp_path / "ties.jsonl", pairs[:4] + [{**row, "target": 0.5} for row in pairs[4:]])
+    cfg = pipeline.config(rm, "rm_ties", **{**common, "data": ties, "episodes": 8})
+    rm.main(cfg)
+    assert json.loads((Path(cfg.out_dir) / "eval.json").read_text())["accuracy"]["all"]["n"] == 4
+
+
+def test_rm_label_noise_bounds_the_loss(pipeline):
+    """The first update's loss, from the same initial rewards, by hand; the margin alone decides it."""
+    plain, noisy = (pipeline.config(rm, f"rm_noise{noise}", label_noise=noise, batch_size=1, micro_batch_size=1,
+                                    episodes=1, eval_split="") for noise in (0.0, 0.5))  # fmt: skip
+    rm.main(plain)
+    rm.main(noisy)
+    margin = metrics(plain)[0]["train/margin"]
+    assert metrics(noisy)[0]["train/margin"] == margin
+    expected = -np.log(0.5 / (1 + np.exp(-margin)) + 0.25)
+    assert metrics(noisy)[0]["loss/rm"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_rm_bootstrap_draws_rows_with_replacement(pipeline, monkeypatch):
+    seen, update = {}, rm.update
+
+    def watch(run, cfg, model, rows):
+        seen.setdefault(cfg.out_dir, []).extend(map(str, rows["query"]))
+        return update(run, cfg, model, rows)
+
+    monkeypatch.setattr(rm, "update", watch)
+    for name, options in (("a", dict(seed=1)), ("b", dict(seed=2)), ("plain", dict(bootstrap=False))):
+        rm.main(pipeline.config(rm, f"boot_{name}", **{"bootstrap": True, "episodes": 40, "eval_split": "", **options}))
+    a, b, plain = (seen[str(pipeline.directory / f"boot_{name}")] for name in ("a", "b", "plain"))
+    assert len(a) == len(plain) == 40 and len(set(plain)) == 40  # every pair once
+    assert 20 <= len(set(a)) <= 32 and set(a) != set(b)  # of n draws, about 1 - 1/e are different
+
+
+# ---------------------------------------------------------------------------- DPO, SFT, sampling
+
+
+@pytest.mark.parametrize("loss_type", ["robust", "exo_pair", "ipo_norm", "nca_pair", "bco_pair", "sppo_hard",
+                                       "apo_zero", "apo_down", "discopop"])  # fmt: skip
+def test_dpo_family_trains_from_its_value_at_the_start(pipeline, loss_type):
+    """At the start all log-ratios are 0, where each loss has a value worked by hand; then it falls."""
+    smoothing, log2 = 0.1 if loss_type in ("robust", "exo_pair") else 0.0, np.log(2)
+    start = dict(robust=log2, exo_pair=-log2 - (np.log(0.9) + np.log(0.1)) / 2, ipo_norm=25.0, nca_pair=2 * log2,
+                 bco_pair=2 * log2, sppo_hard=50.0, apo_zero=1.0, apo_down=1.0, discopop=(log2 + 1) / 2)  # fmt: skip
+    cfg = pipeline.config(dpo, f"dpo_{loss_type}", loss_type=loss_type, label_smoothing=smoothing, beta=0.1,
+                          batch_size=40, episodes=160, eval_split="", lr=1e-4)  # fmt: skip
+    dpo.main(cfg)
+    losses = [row["loss/dpo"] for row in metrics(cfg)]
+    # log-ratios of 1e-4 in sum, times 1 / beta = 10 in the squared losses' slope
+    assert losses[0] == pytest.approx(start[loss_type], abs=20 * FORWARD)
+    assert losses[-1] < losses[0]
+
+
+def test_dpo_sft_coef_keeps_the_chosen_likely(pipeline):
+    runs = []
+    for coef in (0.0, 10.0):
+        cfg = pipeline.config(dpo, f"dpo_sft{coef}", sft_coef=coef, batch_size=40, episodes=120, eval_split="")
+        dpo.main(cfg)
+        runs.append(metrics(cfg))
+    assert runs[0][0]["logps/chosen"] == runs[1][0]["logps/chosen"]
+    assert runs[1][-1]["logps/chosen"] > runs[0][-1]["logps/chosen"] + 0.5
+
+
+def test_dpo_reference_may_be_another_model(pipeline):
+    """The first loss is then not log 2: the policy has already moved from that reference."""
+    cfg = pipeline.config(dpo, "dpo_first", eval_split="", lr=1e-2)
+    dpo.main(cfg)
+    again = pipeline.config(dpo, "dpo_other", model=f"{cfg.out_dir}/final", reference=str(pipeline.sft), eval_split="")
+    dpo.main(again)
+    assert abs(metrics(again)[0]["loss/dpo"] - np.log(2)) > 0.01
+
+
+def test_dpo_refuses_soft_labels(pipeline, tmp_path):
+    row = {"prompt": "a:", "chosen": " b", "rejected": " c", "target": 0.7}
+    data = write_rows(tmp_path / "soft.jsonl", [row] * 8)
+    with pytest.raises(UserError, match="soft labels"):
+        dpo.main(pipeline.config(dpo, "dpo_soft", data=data, eval_split=""))
+    torch.distributed.destroy_process_group()
+
+
+def test_sample_chooses_the_checkpoint_with_the_best_score(pipeline):
+    cfg = pipeline.config(sft, "sft_exports", episodes=24, export_every=1, lr=1e-2, eval_split="")
+    sft.main(cfg)
+    sources = [f"{cfg.out_dir}/{name}" for name in ("step_1", "step_2", "final")]
+    last, final = (load_file(f"{cfg.out_dir}/{name}/model.safetensors") for name in ("step_3", "final"))
+    assert same_weights(last, final)
+    scores = {}
+    for source in sources:
+        alone = pipeline.config(sample, f"from_{Path(source).name}", model=source, reference="")
+        sample.main(alone)
+        scores[source] = json.loads((Path(alone.out_dir) / "summary.json").read_text())["score"]
+    together = pipeline.config(sample, "from_best", model=",".join(sources), reference="")
+    sample.main(together)
+    summary = json.loads((Path(together.out_dir) / "summary.json").read_text())
+    assert len(set(scores.values())) == 3
+    assert summary["model"] == max(scores, key=scores.get) and summary["score"] == max(scores.values())
+    with pytest.raises(UserError, match="reward_model"):
+        sample.main(pipeline.config(sample, "from_none", model=",".join(sources), reward_model=""))
+    torch.distributed.destroy_process_group()
