@@ -6,8 +6,9 @@
     python bench/options.py --table                                  # the table, from what has been trained
 
 Runs are shorter than the demo's: PPO 16 updates of 32 episodes, DPO 40 updates of 32 pairs, reward models 120 updates
-of 32 pairs (and then PPO on them). All samples (temperature 0.7, the first 250 held-out posts) are scored by the gold score, which
-no stage sees, by the demo's reward model of that seed, and by their KL to SFT. Results: out/bench/options.jsonl.
+of 32 pairs (and then PPO on them). All samples (temperature 0.7, the first 250 held-out posts) are scored by the gold
+score, which no stage sees, by the demo's reward model of that seed, and by their KL to SFT. Writes
+out/bench/options.jsonl.
 """
 import argparse
 import contextlib
@@ -160,7 +161,7 @@ def main():
         return table(sorted(rows, key=lambda row: row["seed"]))
     done = {(row["group"], row["name"], row["seed"]) for row in rows}
     seeds = [args.seed] if args.seed else SEEDS
-    for group, name, seed in ((group, name, seed) for group in GROUPS for name in GROUPS[group] for seed in seeds):
+    for group, name, seed in [(g, name, seed) for g in GROUPS for name in GROUPS[g] for seed in seeds]:
         if (group, name, seed) not in done:
             with open(OUT / f"log-{seed}.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
                 run(group, name, seed)
