@@ -17,11 +17,36 @@ Shapes: B rows, Q query, R response, T = Q + R, V vocabulary. Masks are True whe
     mask_p1      one more: the value after EOS. The score is paid there, one step after EOS, so that EOS itself
                  is credited through GAE; a response cut off without EOS is paid at its last token.
 
+With the defaults this is the reference step of arXiv:2403.17031. Beyond it, each by its field and off by default:
+
+    kl_target, kl_horizon        adapt kl_coef to a KL per sequence                            arXiv:1909.08593 2.2
+    kl_estimator                 k2 or k3 as the KL in the reward; k1 has the right gradient   Schulman 2020
+    truncate_token, _after       a token other than EOS ends the response                      arXiv:1909.08593
+    adam_style                   eps as in TensorFlow's Adam                                   arXiv:1909.08593
+    whiten_rewards               rewards of variance 1                                         arXiv:2403.17031 24
+    reward_norm, reward_clip     scores by the moments of all so far, within bounds            arXiv:2307.04964 eq. 18
+    advantage_clip               whitened advantages within bounds                             arXiv:2307.04964
+    critic_steps, critic_lr      the critic learns first, and at its own rate                  arXiv:2307.04964
+    entropy_coef                 entropy bonus                                                 arXiv:1707.06347 eq. 9
+    ptx_coef, ptx_data           SFT loss mixed in (PPO-ptx)                                   arXiv:2203.02155 eq. 2
+    max_grad_norm                clip the gradient's norm                                      arXiv:2307.04964
+    kl_delta                     trust region by KL in place of the ratio (TR-PPO)             arXiv:1903.07940
+    rollback                     slope outside the limit (PPO-RB; with kl_delta TR-PPO-RB)     arXiv:1903.07940
+    target_kl                    stop learning from a batch that has moved the policy too far  Spinning Up
+    reference_mix                the reference follows the policy (EMA)                        arXiv:2404.10719
+    reward_model=a,b             the mean of an ensemble                                       arXiv:1706.03741
+    diagnostics                  perplexities, k2 and k3 in the metrics                        arXiv:2307.04964
+
 differs from the reference step of arXiv:2403.17031:
 - Log-probabilities are recomputed by the forward pass that trains (the softmax in float32), not taken from generation.
 - Means are over all tokens of a minibatch on all processes, not per micro-batch, and whitening is over all
   processes: the result depends on neither.
 - Metrics leave out padding. `val/ratio` is that of the first minibatch, where it must be 1.
+differs from the sources of the options:
+- kl_delta looks at an estimate (k3) of a token's KL, not at the sum over the vocabulary; target_kl at the mean of
+  (log ratio)^2 / 2 (k2), which unlike Spinning Up's mean log ratio cannot be negative. After it the critic learns on.
+- Nothing behind truncate_token counts; arXiv:1909.08593 trains the policy on that as well.
+- Scores are normalised after a missing EOS has had its score; the reported objective/scores stay as they were.
 """
 
 from dataclasses import dataclass
