@@ -13,7 +13,7 @@ A row of any known schema becomes one query and its responses, the best first:
     {prompt, responses}                              two or more, ranked, the best first
 
 A prompt or response may also be a chat: a list of {role, content}. A preference may carry `target`, the probability
-that its first response is the better one (0.5 is a tie).
+that its first response is the better one (0.5 is a tie); below 0.5 the responses are taken in reverse.
 """
 
 import bisect

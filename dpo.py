@@ -58,7 +58,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, los
         "sppo_hard": lambda: (c - 0.5 / b) ** 2 + (r + 0.5 / b) ** 2,  # arXiv:2405.00675
         "apo_zero": lambda: 1 - s(b * c) + s(b * r),  # arXiv:2408.06266
         "apo_down": lambda: s(b * c) + 1 - s(b * D),
-        "discopop": lambda: torch.lerp(-ls(b * D), torch.exp(-b * D), s(b * D / 0.05)),  # arXiv:2406.08414
+        "discopop": lambda: torch.lerp(-ls(b * D), (-b * D).clamp(max=80).exp(), s(b * D / 0.05)),  # arXiv:2406.08414
     }
     if loss_type not in losses:
         raise UserError(f"loss_type {loss_type!r} is not known; use one of {', '.join(losses)}")
@@ -121,7 +121,7 @@ def main(cfg):
     if run.held_out:
         ratios = predict(run, cfg, model, run.held_out) - ref_held_out  # (n, 2)
         table = accuracy_table(run.held_out, ratios[:, 0] - ratios[:, 1])
-        runtime.report(run, {"eval/accuracy": table["all"]["accuracy"]}, table)
+        runtime.report(run, {"eval/accuracy": table["all"]["accuracy"]} if table else {}, table)
     runtime.export(run, model)
     run.close()
 

@@ -123,7 +123,7 @@ def find_eos(responses, eos_id, after=0):
 
 def kl_estimate(log_ratio, estimator):
     """Estimate KL(p, q) at samples of p by log_ratio = log p - log q: k1, k2 or k3 (Schulman 2020), of any shape."""
-    return {"k1": log_ratio, "k2": log_ratio**2 / 2, "k3": torch.exp(-log_ratio) - 1 + log_ratio}[estimator]
+    return {"k1": log_ratio, "k2": log_ratio**2 / 2, "k3": torch.expm1(-log_ratio) + log_ratio}[estimator]
 
 
 def normalize_scores(scores, moments, how):

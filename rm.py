@@ -134,8 +134,7 @@ def main(cfg):
     if run is None:
         return
     if cfg.bootstrap:
-        draws = np.random.default_rng((cfg.seed, 1)).integers(len(run.rows), size=len(run.rows))
-        run.rows = run.rows.select(draws)
+        run.rows = run.rows.select(np.random.default_rng((cfg.seed, 1)).integers(len(run.rows), size=len(run.rows)))
     references = cfg.normalize_data and run.load(cfg.normalize_data, cfg.train_split, n_responses=1)
     model = runtime.load_model(run, ScalarModel, cfg.model, trainable=True, random="score")
     for step in run.train({"model": model}):
@@ -151,7 +150,8 @@ def main(cfg):
     if run.held_out:
         out = predict(run, cfg, model, run.held_out)
         table = accuracy_table(run.held_out, out["margin"])
-        metrics |= {"eval/accuracy": table["all"]["accuracy"], "eval/loss": out["loss"].mean().item()}
+        accuracy = {"eval/accuracy": table["all"]["accuracy"]} if table else {}  # {}: all are ties
+        metrics |= {**accuracy, "eval/loss": out["loss"].mean().item()}
         details |= eos_rewards(run, cfg, model, run.held_out.select(range(min(1024, len(run.held_out)))))
     runtime.report(run, metrics, table, **details)
     runtime.export(run, model)

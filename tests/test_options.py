@@ -390,6 +390,11 @@ def test_rm_soft_labels_meet_their_probability(pipeline, tmp_path):
     cfg = pipeline.config(rm, "rm_ties", **{**common, "data": ties, "episodes": 8})
     rm.main(cfg)
     assert json.loads((Path(cfg.out_dir) / "eval.json").read_text())["accuracy"]["all"]["n"] == 4
+    # where all are ties there is no accuracy to speak of, but the model is there
+    all_ties = write_rows(tmp_path / "all_ties.jsonl", [{**row, "target": 0.5} for row in pairs])
+    cfg = pipeline.config(rm, "rm_all_ties", **{**common, "data": all_ties, "episodes": 8})
+    rm.main(cfg)
+    assert "eval/accuracy" not in metrics(cfg)[-1] and (Path(cfg.out_dir) / "final" / "model.safetensors").exists()
 
 
 def test_rm_label_noise_bounds_the_loss(pipeline):
