@@ -396,7 +396,7 @@ def post_losses(posts, policy):
 def test_detail_01_2_each_row_once(frozen_sft, frozen_rows, post_losses):
     """Detail 1: 116,722 posts and 92,858 pairs, each split seen once, a last partial batch left out.
 
-    fails if: runtime.py:count_updates rounds up; data.py:batch_rows draws with replacement; config/rm_2.8b.py sets
+    fails if: runtime.py:start rounds up; data.py:batch_rows draws with replacement; config/rm_2.8b.py sets
     episodes.
     """
     for stage, rows, updates in ((sft, 116_722, 911), (rm, 92_858, 1450), (dpo, 92_858, 1450)):

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pipeline import ROOT, ROUNDING, arguments, metrics, same_metrics
+from pipeline import EVERYTHING, ROOT, ROUNDING, arguments, metrics, ranked, same_metrics, write_rows
 from safetensors.torch import load_file
 
 import runtime
 import sample
 
+RANKED = dict(rows=ranked(24), eval_split="train", normalize_data="", label_noise=0.1, bootstrap=True)
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -25,11 +26,14 @@ def torchrun(stage, cfg, n=2):
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-@pytest.mark.parametrize("name", ["sft", "rm", "ppo", "dpo"])
-def test_two_processes_are_one_run(pipeline, name):
+@pytest.mark.parametrize("name, options", [("sft", {}), ("rm", {}), ("ppo", {}), ("dpo", {}),
+                                           ("ppo", {**EVERYTHING, "critic_steps": 1}), ("rm", RANKED)])  # fmt: skip
+def test_two_processes_are_one_run(pipeline, name, options, tmp_path):
     """Same rows, same sampled tokens, same losses; evaluation rows (21, 15) do not divide by 2."""
-    stage = importlib.import_module(name)
-    one, two = (pipeline.config(stage, f"{name}_{n}", micro_batch_size=3) for n in ("one", "two"))
+    stage, options = importlib.import_module(name), dict(options)
+    if "rows" in options:
+        options["data"] = write_rows(tmp_path / "rows.jsonl", options.pop("rows"))
+    one, two = (pipeline.config(stage, f"{name}_{len(options)}_{n}", micro_batch_size=3, **options) for n in (1, 2))
     stage.main(one)
     torchrun(name, two)
     first, second = metrics(one), metrics(two)
