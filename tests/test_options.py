@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pipeline import EVERYTHING, metrics, ranked, same_metrics, write_rows
+from pipeline import EVERYTHING, ROOT, metrics, ranked, same_metrics, write_rows
 from safetensors.torch import load_file
 from transformers import GPTNeoXForCausalLM
 
@@ -16,7 +16,7 @@ import rm
 import runtime
 import sample
 import sft
-from configurator import UserError
+from configurator import UserError, configure
 from data import Tokenizer, batch_rows, load_rows
 
 FORWARD = 1e-4  # as in test_stages: float32 forward passes of this size agree to about 1e-5 nats per token
@@ -286,6 +286,20 @@ def test_options_that_are_off_leave_no_trace(ppo_run):
         "val/response_length", "val/generation_gap", "val/ratio", "loss/policy_avg", "loss/value_avg",
         "policy/approxkl_avg", "policy/clipfrac_avg", "val/clipfrac_avg", "val/ratio_avg", "val/ratio_var", "lr",
         "grad_norm"}  # fmt: skip
+
+
+def test_ppo_max_recipe_goes_on_top_of_any_configuration(pipeline):
+    """Two updates: in the first the critic alone learns, in the second PPO with the pre-training mix."""
+    small = pipeline.config(ppo, "option_ppo_max", batch_size=8, critic_steps=1, eval_split="", warmup_steps=0)
+    changed = ["model", "reward_model", "data", "out_dir", "batch_size", "episodes", "critic_steps", "response_length",
+               "eval_split", "device", "dtype", "warmup_steps"]  # fmt: skip
+    argv = [f"--{name}={getattr(small, name)}" for name in changed]
+    cfg = configure(ppo.Config, [str(ROOT / "config/ppo_1b.py"), str(ROOT / "config/ppo_max.py"), *argv])
+    assert cfg.reward_norm == "normalize" and cfg.critic_lr == 1.65e-6 and not cfg.whiten_advantages
+    ppo.main(cfg)
+    rows = metrics(cfg)
+    assert "loss/ptx_avg" not in rows[0] and rows[1]["loss/ptx_avg"] > 0 and rows[1]["val/perplexity"] > 1
+    assert rows[1]["objective/kl"] == 0.0 and rows[0]["lr"] == 5e-7
 
 
 def test_all_options_resume_bitwise(pipeline, monkeypatch):
