@@ -3,12 +3,11 @@
     python sample.py --model=out/ppo_1b/final --prompt=$'SUBREDDIT: r/tifu\n\nTITLE: ...\n\nTL;DR:'
     python sample.py config/toy_sample.py --model=out/toy/ppo/final --out_dir=out/toy/ppo/samples
     torchrun --nproc_per_node=8 sample.py --model=out/ppo_1b/final --reward_model=out/rm_1b/final --out_dir=out/samples
-
     python sample.py --model=out/sft_1b/step_300,out/sft_1b/step_600 --reward_model=out/rm_1b/final --out_dir=out/best
 
-Over a split it prints one table per model, and for the one with the best score writes out_dir/samples.jsonl (query, response, reference, tokens, eos, score,
-reference_score, kl), out_dir/config.json and out_dir/summary.json. The tokens drawn depend on `seed` alone. ROUGE
-is there if the rouge-score package is.
+Over a split it prints one table per model; of the one with the best score it writes out_dir/samples.jsonl (query,
+response, reference, tokens, eos, score, reference_score, kl) and out_dir/summary.json, beside out_dir/config.json. The
+tokens drawn depend on `seed` alone. ROUGE is there if the rouge-score package is.
 """
 
 import functools
