@@ -6,7 +6,7 @@
     python bench/options.py --table                                  # the table, from what has been trained
 
 Runs are shorter than the demo's: PPO 20 updates of 64 episodes in 4 minibatches and one epoch, DPO 30 updates of 32
-pairs, reward models 100 updates of 32 pairs (and then PPO on them). All samples (temperature 0.7, the first 250
+pairs, reward models 75 updates of 32 pairs (and then PPO on them). All samples (temperature 0.7, the first 250
 held-out posts) are scored by the gold score, which no stage sees, by the demo's reward model of that seed, and by their
 KL to SFT. Writes out/bench/options.jsonl.
 """
@@ -32,8 +32,8 @@ SEEDS = (1, 2, 3)
 OUT = ROOT / "out" / "bench"
 PPO = ["config/toy_ppo.py", f"--episodes={20 * 64}", "--n_minibatches=4", "--n_epochs=1", "--micro_batch_size=16",
        "--samples_every=0", "--eval_split="]  # fmt: skip
-DPO = ["config/toy_dpo.py", f"--episodes={30 * 32}", "--eval_split="]
-RM = ["config/toy_rm.py", f"--episodes={100 * 32}"]
+DPO = ["config/toy_dpo.py", "--train_split=train[:960]", "--episodes=0", "--eval_split="]
+RM = ["config/toy_rm.py", "--train_split=train[:2400]", "--episodes=0"]
 NORM = ["--reward_norm=normalize", "--reward_clip=0.8"]
 PPO_MAX = [*NORM, "--whiten_advantages=false", "--critic_steps=4", "--critic_lr=9e-4", "--max_grad_norm=1.0",
            "--ptx_coef=0.1"]  # fmt: skip
@@ -80,7 +80,7 @@ DPO_OPTIONS = {
        "hinge ipo ipo_norm nca_pair bco_pair sppo_hard apo_zero apo_down discopop".split()},
     "SFT term 1.0": ["--sft_coef=1.0"],
 }  # fmt: skip
-GROUPS = {"ppo": PPO_OPTIONS, "rm": RM_OPTIONS, "dpo": DPO_OPTIONS}
+GROUPS = {"ppo": PPO_OPTIONS, "dpo": DPO_OPTIONS, "rm": RM_OPTIONS}
 
 
 def demo(seed):
