@@ -1210,8 +1210,8 @@ def test_detail_22_1_critic_starts_from_the_reward_model(run_ppo, reward, posts)
 def test_detail_22_2_critic_and_policy_share_nothing(pipeline, policy, reward):
     """Detail 22: critic and policy are two networks: how much the critic learns does not touch the policy.
 
-    fails if: ppo.py:main gives the critic the policy's body (critic.gpt_neox = policy.gpt_neox); ppo.py:ppo_update
-    clips the gradient of both by one norm.
+    fails if: ppo.py:ppo_update clips the gradient of both by one norm; ppo.py:main gives the critic the policy's body
+    (critic.gpt_neox = policy.gpt_neox: then the optimizer refuses to start).
     """
     found = []
     for vf_coef in (0.1, 5.0):
