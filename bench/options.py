@@ -8,7 +8,7 @@
 Runs are shorter than the demo's: PPO 20 updates of 64 episodes in 4 minibatches and one epoch, DPO 30 updates of 32
 pairs, reward models 75 updates of 32 pairs (and then PPO on them). All samples (temperature 0.7, the first 250
 held-out posts) are scored by the gold score, which no stage sees, by the demo's reward model of that seed, and by their
-KL to SFT. Writes out/bench/options.jsonl.
+KL to SFT. Every run adds a row to bench/options.jsonl; what has a row there is not run again.
 """
 import argparse
 import contextlib
@@ -29,7 +29,7 @@ from configurator import configure  # noqa: E402
 from toy import gold  # noqa: E402
 
 SEEDS = (1, 2, 3)
-OUT = ROOT / "out" / "bench"
+OUT, RESULTS = ROOT / "out" / "bench", ROOT / "bench" / "options.jsonl"
 PPO = ["config/toy_ppo.py", f"--episodes={20 * 64}", "--n_minibatches=4", "--n_epochs=1", "--micro_batch_size=16",
        "--samples_every=0", "--eval_split="]  # fmt: skip
 DPO = ["config/toy_dpo.py", "--train_split=train[:960]", "--episodes=0", "--eval_split="]
@@ -123,7 +123,7 @@ def run(group, name, seed):
     stats = gold.evaluate_file(directory / "samples" / "samples.jsonl")
     row = dict(group=group, name=name, seed=seed, gold=stats["gold_mean"], reward=summary["score"], kl=summary["kl"],
                tokens=summary["tokens"], eos=summary["eos"], accuracy=accuracy)  # fmt: skip
-    with open(OUT / "options.jsonl", "a", encoding="utf-8") as file:
+    with open(RESULTS, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     print(row, flush=True)
 
@@ -155,8 +155,7 @@ def main():
     args = parser.parse_args()
     os.chdir(ROOT)
     OUT.mkdir(parents=True, exist_ok=True)
-    results = OUT / "options.jsonl"
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     if args.table:
         return table(sorted(rows, key=lambda row: row["seed"]))
     done = {(row["group"], row["name"], row["seed"]) for row in rows}
