@@ -1135,7 +1135,7 @@ def test_detail_20_4_four_epochs_of_clipped_updates(pipeline, policy, other, rew
                     near = values[j].clamp(before - 0.2, before + 0.2)
                     vf = vf + 0.5 * max((values[j] - returns) ** 2, (near - returns) ** 2) / n_values
             (pg + 0.1 * vf).backward()
-            sums["policy"] += float(pg)
+            sums["policy"] += float(pg.detach())
             sums["value"] += float(vf)
         with torch.no_grad():
             for p, state in zip(parameters, states):
