@@ -1136,7 +1136,7 @@ def test_detail_20_4_four_epochs_of_clipped_updates(pipeline, policy, other, rew
                     vf = vf + 0.5 * max((values[j] - returns) ** 2, (near - returns) ** 2) / n_values
             (pg + 0.1 * vf).backward()
             sums["policy"] += float(pg.detach())
-            sums["value"] += float(vf)
+            sums["value"] += float(vf.detach())
         with torch.no_grad():
             for p, state in zip(parameters, states):
                 p.copy_(state.step(p, p.grad, cfg.lr))
