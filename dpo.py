@@ -50,7 +50,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, los
         "sigmoid": lambda: -(1 - e) * ls(b * D) - e * ls(-b * D),  # arXiv:2305.18290 eq. 7; with e: cDPO
         "robust": lambda: (-(1 - e) * ls(b * D) + e * ls(-b * D)) / (1 - 2 * e),  # arXiv:2403.00409
         "exo_pair": lambda: s(b * D) * (ls(b * D) - log(1 - e)) + s(-b * D) * (ls(-b * D) - log(e)),  # arXiv:2402.00856
-        "hinge": lambda: F.relu(1 - b * D),  # arXiv:2305.10425
+        "hinge": lambda: F.relu(1 - b * D),  # arXiv:2309.06657, hinge-norm
         "ipo": lambda: (D - 1 / (2 * b)) ** 2,  # arXiv:2310.12036 eq. 17
         "ipo_norm": lambda: (c / lengths[:, 0] - r / lengths[:, 1] - 1 / (2 * b)) ** 2,
         "nca_pair": lambda: -ls(b * c) - 0.5 * ls(-b * c) - 0.5 * ls(-b * r),  # arXiv:2402.05369
@@ -120,7 +120,7 @@ def main(cfg):
         run.log(metrics | runtime.optimizer_step(run), watch=("loss/dpo", "rewards/accuracies"))
     if run.held_out:
         ratios = predict(run, cfg, model, run.held_out) - ref_held_out  # (n, 2)
-        table = accuracy_table(run.held_out, ratios[:, 0] - ratios[:, 1])
+        table = accuracy_table(run.held_out, cfg.beta * (ratios[:, 0] - ratios[:, 1]))
         runtime.report(run, {"eval/accuracy": table["all"]["accuracy"]} if table else {}, table)
     runtime.export(run, model)
     run.close()

@@ -30,7 +30,7 @@ With the defaults this is the reference step of arXiv:2403.17031. Beyond it, eac
     entropy_coef                 entropy bonus                                                 arXiv:1707.06347 eq. 9
     ptx_coef, ptx_data           SFT loss mixed in (PPO-ptx)                                   arXiv:2203.02155 eq. 2
     max_grad_norm                clip the gradient's norm                                      arXiv:2307.04964
-    kl_delta                     trust region by KL in place of the ratio (TR-PPO)             arXiv:1903.07940
+    kl_delta                     clip where an estimate of KL is large (after TR-PPO)          arXiv:1903.07940
     rollback                     slope outside the limit (PPO-RB; with kl_delta TR-PPO-RB)     arXiv:1903.07940
     target_kl                    stop learning from a batch that has moved the policy too far  Spinning Up
     reference_mix                the reference follows the policy (EMA)                        arXiv:2404.10719
@@ -43,8 +43,10 @@ differs from the reference step of arXiv:2403.17031:
   processes: the result depends on neither.
 - Metrics leave out padding. `val/ratio` is that of the first minibatch, where it must be 1.
 differs from the sources of the options:
-- kl_delta looks at an estimate (k3) of a token's KL, not at the sum over the vocabulary; target_kl at the mean of
-  (log ratio)^2 / 2 (k2), which unlike Spinning Up's mean log ratio cannot be negative. After it the critic learns on.
+- kl_delta looks at an estimate of a token's KL (k3), not at the sum over the vocabulary. One sample's k3 depends on the
+  ratio alone, so this is a clip with other, uneven bounds: 0.79 and 1.24 for 0.025.
+- target_kl looks at the mean of (log ratio)^2 / 2 (k2), which unlike Spinning Up's mean log ratio cannot be negative.
+  After it the critic learns on.
 - Nothing behind truncate_token counts; arXiv:1909.08593 trains the policy on that as well.
 - Scores are normalised after a missing EOS has had its score; the reported objective/scores stay as they were.
 """
@@ -96,8 +98,8 @@ class Config(runtime.TrainConfig):
     gamma: float = 1.0  # discount
     lam: float = 0.95  # GAE's lambda
     cliprange: float = 0.2  # of the policy's ratio
-    kl_delta: float = 0.0  # limit the KL of a token instead of its ratio (TR-PPO: 0.03); 0: the ratio
-    rollback: float = 0.0  # slope of the way back from outside either limit (PPO-RB: 0.3); 0: flat
+    kl_delta: float = 0.0  # clip where a token's KL, as estimated by k3, is larger (TR-PPO: 0.025); 0: by cliprange
+    rollback: float = 0.0  # slope of the way back from outside (PPO-RB: 0.3, TR-PPO-RB: 0.05); 0: flat
     target_kl: float = 0.0  # the policy stops learning from a batch at 1.5 times this approxkl; 0: it never does
     cliprange_value: float = 0.2  # of the critic's change
     vf_coef: float = 0.1  # weight of the value loss
@@ -181,15 +183,15 @@ def whiten(x, mask, shift_mean=True):
 def policy_loss(new_logprobs, logprobs, advantages, cliprange, kl_delta=0.0, rollback=0.0):
     """Clipped surrogate, negated: (B, R). (PPO-Clip: arXiv:1707.06347 eq. 7)
 
-    kl_delta: limit KL(old, new) in place of the ratio: no gradient where it is larger, as estimated by k3, and the
-    objective has improved (TR-PPO). rollback: outside the limit the objective falls with this slope instead of
+    kl_delta: in place of cliprange, clip where k3's estimate of KL(old, new) reaches it and the objective has improved
+    (after TR-PPO). rollback: outside the limit the objective falls with this slope instead of
     staying flat (PPO-RB, TR-PPO-RB). (arXiv:1903.07940)
     """
     ratio = torch.exp(new_logprobs - logprobs)
     gain = advantages * ratio
     if kl_delta:
         far = (kl_estimate(logprobs - new_logprobs, "k3") >= kl_delta) & (gain > advantages)
-        return -(gain.detach() - rollback * (gain - gain.detach())).where(far, gain)
+        return -(advantages - rollback * (gain - gain.detach())).where(far, gain)
     clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
     if rollback:
         clipped = clipped - rollback * (ratio - clipped)
@@ -361,7 +363,7 @@ def ppo_loss(cfg, new_logprobs, new_values, micro, n_actions, n_values, new_entr
 def ptx_update(run, cfg, policy, rows):
     """Accumulate the gradient of ptx_coef * mean -log p per token of the rows' responses; returns that mean.
 
-    (PPO-ptx: arXiv:2203.02155 eq. 2, arXiv:2307.04964 eq. 17)
+    (PPO-ptx: arXiv:2203.02155 eq. 2)
     """
     n_tokens, parts = sum(len(row[0]) for row in rows["responses"]), []
     for index in run.share(rows["length"], cfg.micro_batch_size):

@@ -4,8 +4,7 @@ import os
 _data = os.environ.get("NPLUS_DATA", "../shared/data")  # pythia_tokenizer.json and tldr_sample/
 model = "out/tldr_sample/sft/final"
 data = _data + "/tldr_sample/comparisons_{split}.jsonl"
-normalize_data = _data + "/tldr_sample/sft_{split}.jsonl"
-normalize_split = "validation"  # a seventh of the rows; the paper takes the whole training split
+normalize_data = _data + "/tldr_sample/sft_validation.jsonl"  # a seventh of the rows; the paper takes those of training
 out_dir = "out/tldr_sample/rm"
 episodes = 8 * 700
 batch_size = 16

@@ -56,16 +56,16 @@ class Pipeline:
         posts, pairs = (f"{self.data}/{kind}_{{split}}.jsonl" for kind in ("sft", "comparisons"))
         values = dict(
             sft=dict(scratch=True, model=str(self.data), data=posts, loss_on="response"),
-            rm=dict(model=str(self.sft), data=pairs, normalize_data=posts, normalize_split="train"),
+            rm=dict(model=str(self.sft), data=pairs, normalize_data=posts),
             ppo=dict(model=str(self.sft), reward_model=str(self.rm), data=posts, response_length=10,
                      rollout_micro_batch_size=3),
             dpo=dict(model=str(self.sft), data=pairs),
             sample=dict(model=str(self.sft), reward_model=str(self.rm), reference=str(self.sft), data=posts,
                         response_length=10),
         )[stage.__name__]  # fmt: skip
-        values = {**SMALL, **values, **changes, "out_dir": str(self.directory / name)}
         known = {field.name for field in dataclasses.fields(stage.Config)}
-        return stage.Config(**{key: value for key, value in values.items() if key in known})
+        small = {key: value for key, value in SMALL.items() if key in known}
+        return stage.Config(**{**small, **values, **changes, "out_dir": str(self.directory / name)})
 
 
 def arguments(cfg):

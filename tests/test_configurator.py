@@ -1,7 +1,10 @@
 """configurator.configure: dataclass < config files from left to right < --key=value, and nothing silent."""
 
+import importlib
 import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -270,3 +273,13 @@ def test_configure_reads_no_environment_and_writes_no_file(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BATCH_SIZE", "9")
     assert configure(Config, []).batch_size == 64 and os.listdir(tmp_path) == []
+
+
+CONFIG_FILES = sorted((Path(__file__).parent.parent / "config").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
+def test_config_files_fit_the_stage_that_their_first_line_starts(path):
+    launch = path.read_text().splitlines()[0]
+    stage = importlib.import_module(re.search(r"(\w+)\.py config/", launch)[1])
+    assert path.name in launch and configure(stage.Config, [str(path)]) != stage.Config()

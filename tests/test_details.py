@@ -986,9 +986,9 @@ def test_detail_19_1_dpo_setup():
 def test_detail_19_2_dpo_accuracy_is_reported_as_the_reward_models(pipeline, policy, other, pairs, reward, toy):
     """Detail 19 (its title is uncertain): the implicit reward beta log(policy / reference) is judged like the RM's.
 
-    fails if: dpo.py:main evaluates without the reference, takes the policy for it whatever cfg.reference, or
-    reports the overall accuracy alone; dpo.py:pair_logprobs averages over tokens, or leaves out EOS;
-    dpo.py:dpo_loss takes r - c.
+    fails if: dpo.py:main evaluates without the reference, takes the policy for it whatever cfg.reference, leaves
+    beta out of the margins, or reports the overall accuracy alone; dpo.py:pair_logprobs averages over tokens, or
+    leaves out EOS; dpo.py:dpo_loss takes r - c.
     """
     cfg = tiny(pipeline, dpo, "dpo", model=str(policy), reference=str(other), data=pairs.path, lr=1e-3)
     rows, n = main(dpo, cfg), toy.n_vocab
@@ -1010,6 +1010,8 @@ def test_detail_19_2_dpo_accuracy_is_reported_as_the_reward_models(pipeline, pol
     assert np.abs(held_out[:, 0] - held_out[:, 1]).min() > SUMMED and 0 < won.mean() < 1
     report, theirs = read_report(cfg), read_report(reward)["accuracy"]
     assert report["eval/accuracy"] == report["accuracy"]["all"]["accuracy"] == pytest.approx(won.mean(), abs=1e-12)
+    promised = 1 / (1 + np.exp(-0.05 * np.abs(held_out[:, 0] - held_out[:, 1])))
+    assert report["accuracy"]["all"]["expected"] == pytest.approx(promised.mean(), abs=0.05 * SUMMED)
     groups, theirs = (
         {key: row["n"] for key, row in table.items() if "margin" not in key} for table in (report["accuracy"], theirs)
     )

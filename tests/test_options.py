@@ -238,6 +238,7 @@ def test_kl_delta_stops_what_has_gone_too_far(ppo_run):
     """With a limit that any step passes, a token's first step is its last: the policy stays nearer to the old one."""
     off, on = (ppo_run(f"delta{delta}", kl_delta=delta, cliprange=10.0, lr=3e-3)[0] for delta in (0.0, 1e-12))
     assert 0 < on[0]["policy/approxkl_avg"] < off[0]["policy/approxkl_avg"] / 1.2
+    assert on[0]["policy/clipfrac_avg"] > 0.1 and off[0]["policy/clipfrac_avg"] == 0
 
 
 def test_rollback_pulls_back_what_has_gone_too_far(ppo_run):
@@ -290,9 +291,9 @@ def test_options_that_are_off_leave_no_trace(ppo_run):
 
 def test_ppo_max_recipe_goes_on_top_of_any_configuration(pipeline):
     """Two updates: in the first the critic alone learns, in the second PPO with the pre-training mix."""
-    small = pipeline.config(ppo, "option_ppo_max", batch_size=8, critic_steps=1, eval_split="", warmup_steps=0)
+    small = pipeline.config(ppo, "option_ppo_max", batch_size=8, critic_steps=1, eval_split="")
     changed = ["model", "reward_model", "data", "out_dir", "batch_size", "episodes", "critic_steps", "response_length",
-               "eval_split", "device", "dtype", "warmup_steps"]  # fmt: skip
+               "eval_split", "device", "dtype"]  # fmt: skip
     argv = [f"--{name}={getattr(small, name)}" for name in changed]
     cfg = configure(ppo.Config, [str(ROOT / "config/ppo_1b.py"), str(ROOT / "config/ppo_max.py"), *argv])
     assert cfg.reward_norm == "normalize" and cfg.critic_lr == 1.65e-6 and not cfg.whiten_advantages

@@ -219,7 +219,7 @@ def test_rollback_matches_loop_and_gradient(epsilon, alpha):
 def test_trust_region_matches_hand_examples(ratio, advantage, triggered, alpha):
     new = t([[math.log(ratio)]]).requires_grad_()
     loss = policy_loss(new, t([[0.0]]), t([[advantage]]), 0.2, kl_delta=0.035, rollback=alpha)
-    check(loss, [[-ratio * advantage]], PRINTED)
+    check(loss, [[-advantage if triggered else -ratio * advantage]], PRINTED)
     loss.sum().backward()
     check(new.grad, [[(alpha if triggered else -1) * ratio * advantage]], PRINTED)
 
@@ -235,7 +235,7 @@ def test_trust_region_matches_loop_and_gradient(delta, alpha):
         assert abs(kl - delta) > 1e-6  # float32 leaves 1e-7 of numbers about 1: the trigger is the same there
         far = kl >= delta and ratio * a > a
         outside += far
-        loss[i], grad[i] = -ratio * a, (alpha if far else -1) * ratio * a
+        loss[i], grad[i] = -a if far else -ratio * a, (alpha if far else -1) * ratio * a
     assert 10 < outside < 62
     got = policy_loss(new, old, advantages, 0.2, kl_delta=delta, rollback=alpha)
     check(got, loss)
