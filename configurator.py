@@ -18,7 +18,11 @@ import sys
 from types import ModuleType
 from typing import NewType, get_args
 
-Count, Positive = NewType("Count", int), NewType("Positive", float)  # an int from 1, a float above 0
+Count, Positive = NewType("Count", int), NewType("Positive", float)
+Share, Signed = NewType("Share", float), NewType("Signed", float)
+LIMITS = {int: (0, "int from 0"), Count: (1, "int from 1"), float: (0, "finite float from 0"),
+          Positive: (math.ulp(0.0), "finite float above 0"), Share: (0, "float from 0 and below 1"),
+          Signed: (-sys.float_info.max, "finite float")}  # fmt: skip
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
@@ -33,7 +37,7 @@ class UserError(SystemExit):
 def configure(Config, argv=None):
     """Build `Config` from its defaults, then config files, then --key=value.
 
-    Config: a dataclass whose fields are int (from 0), Count, float, Positive, bool, str, or a Literal of some texts.
+    Config: a dataclass whose fields are bool, str, a Literal of some texts, or a number of a type in LIMITS.
     argv:   arguments; None means sys.argv[1:]. `--flag` alone means True; `--help` prints the fields and exits.
     Raises UserError for an unknown key, a wrong type or an unreadable file.
     """
@@ -89,7 +93,7 @@ def parse(field, text):
     if text is None:
         raise UserError(f"--{field.name} needs a value, for example --{field.name}={field.default}")
     try:
-        value = {int: int, Count: int, float: float, Positive: float}.get(field.type, str)(text)
+        value = {int: int, float: float}.get(getattr(field.type, "__supertype__", field.type), str)(text)
     except ValueError:
         value = text  # of the wrong type
     return check(field, value)
@@ -99,12 +103,11 @@ def check(field, value, where="command line"):
     """Return `value` if it has the field's type (an int is accepted for a float); else raise UserError."""
     choices = get_args(field.type)
     kind = str if choices else getattr(field.type, "__supertype__", field.type)
-    wanted = {int: "int from 0", Count: "int from 1", float: "finite float", Positive: "finite float above 0"}
-    low = {int: 0, Count: 1, Positive: math.ulp(0.0)}.get(field.type, -sys.float_info.max)
+    low, wanted = LIMITS.get(field.type, (0, kind.__name__))
     if kind is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
-    if type(value) is not kind or (kind in (int, float) and not low <= value < math.inf):
-        takes = f"takes {wanted.get(field.type, kind.__name__)}, got {type(value).__name__} ({value!r})"
+    if type(value) is not kind or field.type in LIMITS and not low <= value < (1 if field.type is Share else math.inf):
+        takes = f"takes {wanted}, got {type(value).__name__} ({value!r})"
         raise UserError(f"{where}: '{field.name}' {takes}; write for example {field.default!r}")
     if choices and value not in choices:
         raise UserError(f"{where}: '{field.name}' is {value!r}; use one of {', '.join(choices)}")

@@ -57,7 +57,8 @@ class Tokenizer:
             ranks = {bytes(symbols[s] for s in token): id for token, id in vocab.items() if token not in special}
             self._encoding = tiktoken.Encoding(path, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
             self._bytes = {id: token for token, id in ranks.items()} | {id: t.encode() for t, id in self._runs.items()}
-            self._special, self.eos_id = special, special[EOS]
+            runs = "|".join(re.escape(run) for run in sorted(self._runs, key=len, reverse=True))
+            self._cut, self.eos_id = re.compile(f"({runs})" if runs else "(?!)"), special[EOS]
             self.n_vocab = max(*self._bytes, *special.values()) + 1
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: not a byte-level BPE tokenizer like Pythia's ({error!r})") from None
@@ -87,29 +88,17 @@ class Tokenizer:
             if not fits:
                 raise ValueError(f"unsupported {what}")
 
-    def encode(self, text, special=False):
-        """Token ids of `text`. special: let <|endoftext|> and its like in the text become their ids.
-
-        By default they are ordinary text: a post that quotes <|endoftext|> must not end the query.
-        """
-        if special:
-            known, parts = self._special, split_at(self._special, text)
-            return [id for part in parts for id in ([known[part]] if part in known else self.encode(part))]
+    def encode(self, text):
+        """Token ids of `text`. A post that quotes <|endoftext|> must not end the query: there it is ordinary text."""
         ids = []
         # runs of spaces are tokens of their own, cut out (longest first) before words are split
-        for part in split_at(self._runs, unicodedata.normalize("NFC", text)):
+        for part in self._cut.split(unicodedata.normalize("NFC", text)):
             ids.extend([self._runs[part]] if part in self._runs else self._encoding.encode_ordinary(part))
         return ids
 
     def decode(self, ids):
         """Text of `ids`; special tokens and ids without a text are left out, broken UTF-8 becomes U+FFFD."""
         return b"".join(self._bytes.get(int(id), b"") for id in ids).decode("utf-8", errors="replace")
-
-
-def split_at(tokens, text):
-    """Cut `text` at every occurrence of one of `tokens`, leftmost and longest first; keep those as pieces."""
-    pattern = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
-    return re.split(f"({pattern})", text) if tokens else [text]
 
 
 def byte_symbols():

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import runtime
-from configurator import Positive, UserError, configure
+from configurator import Positive, Share, UserError, configure
 from data import accuracy_table, collate
 from model import GPTNeoX, token_logprobs
 
@@ -29,7 +29,7 @@ class Config(runtime.TrainConfig):
     data: str = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"  # hub id, directory or file with {split}
     beta: Positive = 0.05  # strength of the pull towards the reference
     loss_type: str = "sigmoid"  # one of those that dpo_loss lists
-    label_smoothing: float = 0.0  # probability that a label is wrong: sigmoid, robust and exo_pair
+    label_smoothing: Share = 0.0  # probability that a label is wrong: sigmoid, robust and exo_pair
     sft_coef: float = 0.0  # weight of an added SFT loss, per token of the chosen responses
 
 

@@ -59,7 +59,7 @@ import torch
 import torch.nn.functional as F
 
 import runtime
-from configurator import Count, Positive, UserError, configure
+from configurator import Count, Positive, Signed, UserError, configure
 from data import batch_rows, collate, last_scalars, uniforms
 from model import GPTNeoX, ScalarModel, token_logprobs
 
@@ -68,7 +68,7 @@ from model import GPTNeoX, ScalarModel, token_logprobs
 class Config(runtime.TrainConfig):
     model: str = "out/sft_1b/final"  # the SFT model, where the policy starts: hub id or directory
     reference: str = ""  # the frozen reference; empty: the same as model
-    reward_model: str = "out/rm_1b/final"  # hub id or directory
+    reward_model: str = "out/rm_1b/final"  # hub id or directory; a,b,c: the mean of these
     critic: str = ""  # where the critic starts; empty: the reward model (with a score function: model, with a new head)
     data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # queries: hub id, directory or file with {split}
     eval_split: str = ""  # sample.py evaluates
@@ -84,10 +84,10 @@ class Config(runtime.TrainConfig):
     temperature: Positive = 0.7  # of sampling, and of all log-probabilities
     truncate_token: int = 0  # id of the token that ends a response (arXiv:1909.08593); 0: EOS
     truncate_after: int = 0  # an end before this column does not count
-    missing_eos_score: float = -1.0  # the score of a response without EOS (detail 23.3)
+    missing_eos_score: Signed = -1.0  # the score of a response without EOS (detail 23.3)
     kl_coef: float = 0.05  # penalty per nat of KL to the reference
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # of the KL in the reward
-    kl_target: float = 0.0  # adapt kl_coef towards this KL per sequence; 0: keep it fixed
+    kl_target: float = 0.0  # adapt kl_coef, which must not be 0, towards this KL per sequence; 0: keep it fixed
     kl_horizon: Count = 10_000  # episodes over which it adapts
     reference_mix: float = 0.0  # share of the policy that the reference takes over after each update
     reward_norm: Literal["none", "scale", "normalize"] = "none"  # scores / std of all so far; minus their mean too
@@ -104,7 +104,7 @@ class Config(runtime.TrainConfig):
     cliprange_value: float = 0.2  # of the critic's change
     vf_coef: float = 0.1  # weight of the value loss
     critic_lr: float = 0.0  # the critic's learning rate; 0: the same
-    critic_steps: int = 0  # first updates in which the critic alone learns
+    critic_steps: int = 0  # first updates in which the critic alone learns; the policy learns after them
     entropy_coef: float = 0.0  # weight of an entropy bonus
     ptx_coef: float = 0.0  # weight of an SFT loss on as many rows (PPO-ptx, arXiv:2203.02155)
     ptx_data: str = ""  # its rows: hub id, directory or file with {split}; empty: data
@@ -121,6 +121,11 @@ def find_eos(responses, eos_id, after=0):
     is_eos[:, :after] = False
     has_eos = is_eos.any(1)
     return has_eos, is_eos.int().argmax(1).where(has_eos, responses.shape[1] - 1)
+
+
+def cut(batch, rows, more=1):
+    """The responses of the batch's `rows` as lists of ids, those before column last + more."""
+    return [row[: end + more] for row, end in zip(batch["responses"][rows].tolist(), batch["last"][rows].tolist())]
 
 
 def kl_estimate(log_ratio, estimator):
@@ -223,7 +228,7 @@ class AdaptiveKLController:
     def update(self, kl, n_episodes):
         """kl: the batch's mean KL per sequence, in nats; n_episodes: its size."""
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.value *= 1 + error * n_episodes / self.horizon
+        self.value *= max(1 + error * n_episodes / self.horizon, 0.1)  # a short horizon must not turn its sign
 
 
 # ---------------------------------------------------------------------------- the rollout
@@ -249,8 +254,7 @@ def forward(run, cfg, model, queries, batch, index, with_entropy=False):
 
     Returns ids (B, T) and select (B, R'), for the other models' passes; logprobs (B, R'); entropy (B, R') or None.
     """
-    cut = [row[: end + 2] for row, end in zip(batch["responses"][index].tolist(), batch["last"][index].tolist())]
-    ids, select, targets, _ = collate([queries[i] for i in index], cut, run.device)
+    ids, select, targets, _ = collate([queries[i] for i in index], cut(batch, index, more=2), run.device)
     logits, n_vocab = model(ids, select), run.tokenizer.n_vocab
     logprobs = token_logprobs(logits, targets, cfg.temperature, n_vocab)
     return ids, select, logprobs, entropy(logits, cfg.temperature, n_vocab) if with_entropy else None
@@ -259,12 +263,13 @@ def forward(run, cfg, model, queries, batch, index, with_entropy=False):
 def rollout(run, cfg, policy, reference, critic, score, queries, step):
     """Sample a response to each of the batch's queries (B lists of ids), and measure it with every model.
 
-    score(queries, responses) -> (rows,) gets lists of ids, the responses cut behind EOS.
+    score(queries, responses) -> (rows,) gets lists of ids, the responses cut behind EOS, or behind truncate_token and
+    with an EOS added, for that is where a reward model is read.
     Returns a dict of tensors over the whole batch, the same on every rank: responses, sampled_logprobs, logprobs,
     ref_logprobs, values and entropy (B, R), scores, has_eos, last and length (B,).
     """
     draws, size = uniforms((len(queries), cfg.response_length), cfg.seed, step), cfg.rollout_micro_batch_size
-    end_id = cfg.truncate_token or run.tokenizer.eos_id
+    end_id, added = cfg.truncate_token or run.tokenizer.eos_id, [run.tokenizer.eos_id] * (cfg.truncate_token > 0)
     stop = None if cfg.truncate_after else end_id
     responses, sampled = runtime.generate_rows(run, policy, queries, draws, cfg.temperature, stop, size)
     has_eos, last = find_eos(responses, end_id, cfg.truncate_after)
@@ -276,7 +281,7 @@ def rollout(run, cfg, policy, reference, critic, score, queries, step):
         ref_logprobs = forward(run, cfg, reference, queries, batch, index)[2]
         columns = dict(logprobs=logprobs, ref_logprobs=ref_logprobs, values=critic(ids, select), entropy=spread)
         columns = {name: F.pad(x, (0, cfg.response_length - x.shape[1])) for name, x in columns.items()}
-        ended = [row[: end + 1] for row, end in zip(responses[index].tolist(), last[index].tolist())]
+        ended = [row + added for row in cut(batch, index)]
         return columns | {"scores": score([queries[i] for i in index], ended)}
 
     return run.map_rows(measure, batch["length"].tolist(), size) | batch
@@ -295,8 +300,7 @@ def prepare(cfg, batch, kl_coef, state=None):
         paid, state["moments"] = normalize_scores(scores, state["moments"], cfg.reward_norm)
     paid = paid.clamp(-(cfg.reward_clip or torch.inf), cfg.reward_clip or torch.inf)
     logprobs, ref_logprobs, values = batch["logprobs"], batch["ref_logprobs"], batch["values"] * mask_p1
-    how = cfg.whiten_rewards, cfg.kl_estimator
-    rewards, kl = shape_rewards(logprobs, ref_logprobs, paid, last, mask, kl_coef, *how)
+    rewards, kl = shape_rewards(logprobs, ref_logprobs, paid, last, mask, kl_coef, cfg.whiten_rewards, cfg.kl_estimator)
     advantages = gae(rewards, values, cfg.gamma, cfg.lam)
     returns = advantages + values
     advantages = whiten(advantages, mask) if cfg.whiten_advantages else advantages * mask
@@ -407,10 +411,18 @@ def ppo_update(run, cfg, policy, critic, queries, batch, ptx_rows=None):
 
 
 def write_samples(run, queries, batch, n=4):
-    texts = ([run.tokenizer.decode(ids) for ids in column[:n]] for column in (queries, batch["responses"]))
-    columns = zip(*texts, batch["scores"].tolist(), batch["kl"].sum(1).tolist())
+    decode, responses = run.tokenizer.decode, cut(batch, slice(n))
+    columns = zip(map(decode, queries), map(decode, responses), batch["scores"].tolist(), batch["kl"].sum(1).tolist())
     rows = [dict(step=run.step, query=q, response=r, score=s, kl=kl) for q, r, s, kl in columns]
     runtime.write_jsonl(run.out_dir / "samples.jsonl", rows, "a")
+
+
+def check_limits(run, cfg):
+    """Refuse what would leave the policy untrained, or every response without an end."""
+    limits = dict(critic_steps=run.total, truncate_token=run.tokenizer.n_vocab, truncate_after=cfg.response_length)
+    for name, limit in limits.items():
+        if getattr(cfg, name) >= limit:
+            raise UserError(f"{name} is {getattr(cfg, name)}, but must be below {limit} in this run; lower it")
 
 
 def main(cfg, score=None):
@@ -421,6 +433,7 @@ def main(cfg, score=None):
     run = runtime.start(cfg, n_responses=0, n_minibatches=cfg.n_minibatches)
     if run is None:
         return
+    check_limits(run, cfg)
     policy = runtime.load_model(run, GPTNeoX, cfg.model, trainable=True)
     # a reference that moves is float32, or small steps would be lost
     reference = runtime.load_model(run, GPTNeoX, cfg.reference or cfg.model, cfg.reference_mix > 0)
@@ -434,7 +447,8 @@ def main(cfg, score=None):
 
     head = cfg.critic or (sources[0] if sources else "")
     critic = runtime.load_model(run, ScalarModel, head or cfg.model, True, random=None if head else "score")
-    ptx = run.load(cfg.ptx_data or cfg.data, cfg.train_split, n_responses=1) if cfg.ptx_coef else None
+    longest = cfg.max_length and cfg.max_length + cfg.response_length
+    ptx = cfg.ptx_coef and run.load(cfg.ptx_data or cfg.data, cfg.train_split, n_responses=1, max_length=longest)
     models = {"policy": policy, "critic": critic}
     models |= {"reference": reference.requires_grad_(False)} if cfg.reference_mix else {}
     kl_control = FixedKLController(cfg.kl_coef)

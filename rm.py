@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import runtime
-from configurator import configure
+from configurator import Share, configure
 from data import accuracy_table, collate, last_scalars
 from model import ScalarModel
 
@@ -32,9 +32,9 @@ class Config(runtime.TrainConfig):
     model: str = "out/sft_1b/final"  # the SFT model: hub id or directory
     data: str = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"  # hub id, directory or file with {split}
     normalize_data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # its references get mean reward 0
-    normalize_std: bool = False  # give them standard deviation 1 too, before and after training (arXiv:1909.08593)
-    target_clamp: float = 0.0  # keep target probabilities within 0.5 -+ this (arXiv:2212.08073: 0.1); 0: as they are
-    label_noise: float = 0.0  # share of labels that are the toss of a coin (arXiv:1706.03741: 0.1)
+    normalize_std: bool = False  # and standard deviation 1, before and after training (arXiv:1909.08593)
+    target_clamp: float = 0.5  # keep target probabilities within 0.5 -+ this (arXiv:2212.08073: 0.1); 0.5: as they are
+    label_noise: Share = 0.0  # share of labels that are the toss of a coin (arXiv:1706.03741: 0.1)
     bootstrap: bool = False  # train on as many rows drawn with replacement: a member of an ensemble
 
 
@@ -59,9 +59,7 @@ def ranking_loss(rewards, target=1.0, counts=None, noise=0.0):
     """
     better, worse = torch.triu_indices(rewards.shape[1], rewards.shape[1], offset=1)
     losses = preference_loss(rewards[:, better], rewards[:, worse], target, noise)
-    if counts is None:
-        return losses.mean(1)
-    real = worse < counts[:, None]
+    real = torch.ones_like(losses) if counts is None else worse < counts[:, None]
     return (losses * real).sum(1) / real.sum(1)
 
 
@@ -75,8 +73,7 @@ def forward(cfg, model, rows, device):
     rewards = last_scalars([model], device, *zip(*flat)).split(counts)
     rewards = nn.utils.rnn.pad_sequence(rewards, batch_first=True)  # (B, K), 0 where a row has fewer
     counts, target = torch.tensor(counts, device=device), torch.tensor(rows["target"], device=device)
-    if cfg.target_clamp:
-        target = target.clamp(0.5 - cfg.target_clamp, 0.5 + cfg.target_clamp)
+    target = target.clamp(0.5 - cfg.target_clamp, 0.5 + cfg.target_clamp)
     loss = ranking_loss(rewards, target[:, None], counts, cfg.label_noise)
     return dict(loss=loss, best=rewards[:, 0], margin=rewards[:, 0] - rewards.gather(1, counts[:, None] - 1)[:, 0])
 

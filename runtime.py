@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
-from configurator import Count, UserError, check
+from configurator import Count, Share, UserError, check
 from data import Tokenizer, batch_rows, load_rows, pad_right
 from model import GPTNeoXConfig, find_model, full, generate, init_weights, load_weights, read_json, write_json
 
@@ -59,8 +59,8 @@ class TrainConfig(RunConfig):
     lr: float = 3e-6  # peak learning rate
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # of the learning rate; the first two go to 0
     warmup_steps: int = 0  # updates over which it rises to its peak
-    adam_beta1: float = 0.9  # decay of the gradient's mean
-    adam_beta2: float = 0.999  # decay of the squared gradient's mean
+    adam_beta1: Share = 0.9  # decay of the gradient's mean
+    adam_beta2: Share = 0.999  # decay of the squared gradient's mean
     adam_eps: float = 1e-5  # added to the root of the latter
     adam_style: Literal["torch", "tf"] = "torch"  # tf: eps is added before the bias correction (arXiv:1909.08593)
     weight_decay: float = 0.01  # decoupled, on all parameters
@@ -134,11 +134,11 @@ class Run:
         return dict(zip(parts[0], total.tolist()))
 
     def load(self, source, split, **options):
-        """`load_rows`; rank 0 goes first, the others then find its cache."""
-        options["max_query_tokens"] = self.cfg.max_query_tokens
+        """`load_rows` with the configuration's limits; rank 0 goes first, the others then find its cache."""
+        limits = {k: v for k, v in vars(self.cfg).items() if k in ("max_query_tokens", "max_length", "drop_long")}
         for turn in (True, False):
             if self.is_main == turn:
-                rows = load_rows(source, split, self.tokenizer, **options)
+                rows = load_rows(source, split, self.tokenizer, **(limits | options))
             dist.barrier()
         return rows
 
@@ -193,9 +193,8 @@ def start(cfg, n_responses, tokenizer="", n_minibatches=1, **options):
 
         run.wandb = wandb.init(project=cfg.wandb, name=run.out_dir.name, config=asdict(cfg))
     run.tokenizer = Tokenizer.load(tokenizer or cfg.model)
-    options |= dict(n_responses=n_responses, max_length=cfg.max_length, drop_long=cfg.drop_long)
-    run.rows = run.load(cfg.data, cfg.train_split, **options)
-    run.held_out = cfg.eval_split and run.load(cfg.data, cfg.eval_split, **options)
+    run.rows = run.load(cfg.data, cfg.train_split, n_responses=n_responses, **options)
+    run.held_out = cfg.eval_split and run.load(cfg.data, cfg.eval_split, n_responses=n_responses, **options)
     parts, n_rows = n_minibatches * run.size, cfg.episodes or len(run.rows)
     if cfg.batch_size % parts:
         across = f"{n_minibatches} minibatches x {run.size} processes"
@@ -214,7 +213,7 @@ def open_directory(run):
     Raises UserError if a run with another configuration has begun there.
     """
     values = asdict(run.cfg)
-    if any((run.out_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "final")):
+    if any((run.out_dir / name).exists() for name in ("checkpoints", "final", *LOGS)):
         was = read_json(run.out_dir / "config.json")
         changed = [f"{key} ({was.get(key)!r} -> {new!r})" for key, new in values.items() if was.get(key) != new]
         if changed:
@@ -309,8 +308,7 @@ def make_optimizer(cfg, models, lrs):
     """
     trained = {name: model for name, model in models.items() if next(model.parameters()).requires_grad}
     groups = [dict(params=model.parameters(), initial_lr=lrs.get(name) or cfg.lr) for name, model in trained.items()]
-    betas = (cfg.adam_beta1, cfg.adam_beta2)
-    optimizer = torch.optim.AdamW(groups, cfg.lr, betas, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(groups, cfg.lr, (cfg.adam_beta1, cfg.adam_beta2), cfg.adam_eps, cfg.weight_decay)
     for parameter in nn.ModuleDict(trained).parameters():
         zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}

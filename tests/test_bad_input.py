@@ -49,6 +49,13 @@ def edit_json(path, **changes):
     path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
 
 
+def old_samples(directory):
+    """The results of `sample.py --seed=4`, where this run wants to write its own."""
+    (directory / "new").mkdir()
+    write_rows(directory / "new/samples.jsonl", [{"query": "a", "response": " b"}])
+    (directory / "new/config.json").write_text('{"seed": 4}')
+
+
 def edit_weights(directory, change):
     path = directory / "model.safetensors"
     tensors = load_file(path)
@@ -140,6 +147,19 @@ CASES = {
                                  "'rollout_micro_batch_size' takes int from 1"),
     "no KL horizon": (ppo, lambda d: dict(kl_horizon=0), "'kl_horizon' takes int from 1"),
     "no pull to the reference": (dpo, lambda d: dict(beta=0.0), "'beta' takes finite float above 0"),
+    "negative learning rate": (sft, lambda d: dict(lr=-1.0), "'lr' takes finite float from 0"),
+    "no decay of the moments": (rm, lambda d: dict(adam_beta2=1.0), "'adam_beta2' takes float from 0 and below 1"),
+    "more noise than labels": (rm, lambda d: dict(label_noise=1.5), "'label_noise' takes float from 0 and below 1"),
+    "negative clamp": (rm, lambda d: dict(target_clamp=-0.4), "'target_clamp' takes finite float from 0"),
+    "negative target": (ppo, lambda d: dict(target_kl=-0.02), "'target_kl' takes finite float from 0"),
+    "the critic alone to the end": (ppo, lambda d: dict(critic_steps=2), "critic_steps is 2, but must be below 2"),
+    "no such end": (ppo, lambda d: dict(truncate_token=99999), "truncate_token is 99999, but must be below"),
+    "no end in time": (ppo, lambda d: dict(truncate_after=10), "truncate_after is 10, but must be below 10"),
+    "pre-training row too long": (ppo, lambda d: dict(ptx_coef=0.1, ptx_data=write_rows(d / "x.jsonl", [
+        {"prompt": "a", "completion": " b" * 900}])), "x.jsonl .*row 0 has .* tokens, more than max_length 522"),
+    "reference too long": (rm, lambda d: dict(normalize_data=write_rows(d / "x.jsonl", [
+        {"prompt": "a", "completion": " b" * 900}])), "x.jsonl .*row 0 has .* tokens, more than max_length 638"),
+    "samples over others": (sample, old_samples, r"new holds a run with another configuration: .*seed \(4 -> "),
     "no training split": (sft, lambda d: dict(train_split="", data=str(d / "data")), "cannot be loaded"),
     "vocabulary too small": (sft, lambda d: edit_json(d / "data/config.json", vocab_size=300),
                              "vocab_size 300 is less than the tokenizer's"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from configurator import UserError, configure
+from configurator import Count, Positive, Share, Signed, UserError, configure
 
 
 @dataclass
@@ -77,7 +77,7 @@ def test_calls_do_not_share_values(write):
     assert configure(Config, []) == Config()
 
 
-@pytest.mark.parametrize("text, value", [("1e-5", 1e-5), ("2", 2.0), ("-0.5", -0.5), (".25", 0.25)])
+@pytest.mark.parametrize("text, value", [("1e-5", 1e-5), ("2", 2.0), ("0", 0.0), (".25", 0.25)])
 def test_float_from_command_line(text, value):
     got = configure(Config, [f"--learning_rate={text}"]).learning_rate
     assert got == value and type(got) is float
@@ -273,6 +273,29 @@ def test_configure_reads_no_environment_and_writes_no_file(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BATCH_SIZE", "9")
     assert configure(Config, []).batch_size == 64 and os.listdir(tmp_path) == []
+
+
+@dataclass
+class Numbers:
+    whole: int = 0
+    count: Count = 1
+    real: float = 0.0
+    positive: Positive = 1.0
+    share: Share = 0.0
+    signed: Signed = 0.0
+
+
+BOUNDS = {"whole": ("0", "-1"), "count": ("1", "0"), "real": ("0", "-1e-9"), "positive": ("1e-300", "0"),
+          "share": ("0.999", "1"), "signed": ("-1e300", "nan")}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", BOUNDS)
+def test_each_type_of_number_has_its_bounds(key):
+    inside, outside = BOUNDS[key]
+    assert getattr(configure(Numbers, [f"--{key}={inside}"]), key) == float(inside)
+    for text in (outside, "inf", "-inf"):
+        with pytest.raises(UserError, match=f"'{key}' takes (int|finite float|float) ?"):
+            configure(Numbers, [f"--{key}={text}"])
 
 
 CONFIG_FILES = sorted((Path(__file__).parent.parent / "config").glob("*.py"))

@@ -286,6 +286,12 @@ def test_adaptive_controller_accumulates():
     assert controller.value == pytest.approx(value, rel=1e-9)
 
 
+def test_adaptive_controller_keeps_its_sign_with_a_short_horizon():
+    controller = AdaptiveKLController(0.05, 3, 2)
+    controller.update(0.0, 16)  # 1 - 0.2 * 16 / 2 is -0.6
+    assert controller.value == pytest.approx(0.005, rel=1e-9)
+
+
 def test_fixed_controller_stays():
     controller = FixedKLController(0.05)
     controller.update(100.0, 512)

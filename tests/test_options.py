@@ -18,6 +18,7 @@ import sample
 import sft
 from configurator import UserError, configure
 from data import Tokenizer, batch_rows, load_rows
+from model import ScalarModel
 
 FORWARD = 1e-4  # as in test_stages: float32 forward passes of this size agree to about 1e-5 nats per token
 
@@ -95,6 +96,27 @@ def test_truncate_token_ends_responses_and_truncate_after_waits_for_it(pipeline,
         assert ended > 0 and rows[0]["val/num_eos_tokens"] == ended
 
 
+def test_truncated_responses_are_scored_at_an_eos_behind_them(pipeline, ppo_run):
+    """The reward model was trained at EOS alone (detail 13); samples.jsonl shows what was scored."""
+    tokenizer = Tokenizer.load(str(pipeline.sft))
+    (period,) = tokenizer.encode(".")
+    _, (first, _) = ppo_run("truncate_rm", truncate_token=period, samples_every=1)
+    model = ScalarModel.from_pretrained(pipeline.rm)
+    posts = load_rows(f"{pipeline.data}/sft_{{split}}.jsonl", "train", tokenizer)
+    lines = (pipeline.directory / "option_truncate_rm" / "samples.jsonl").read_text().splitlines()
+    samples, ended = [json.loads(line) for line in lines], 0
+    for row, index in enumerate(batch_rows(len(posts), 8, 0, pipeline.config(ppo, "unused").seed)):
+        response = first["responses"][row].astype(int).tolist()
+        text = response[: response.index(period) + 1] if period in response else response
+        if row < 4:
+            assert samples[row]["response"] == tokenizer.decode(text)
+        if period in response:
+            ended += 1
+            ids = torch.tensor([posts[int(index)]["query"] + text + [tokenizer.eos_id]])
+            assert first["scores"][row] == pytest.approx(model(ids)[0, -1].item(), abs=FORWARD)
+    assert ended > 0
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_kl_estimator_shapes_the_rewards(ppo_run, estimator):
     rows, (_, second) = ppo_run(f"kl_{estimator}", kl_estimator=estimator)
@@ -165,10 +187,8 @@ def test_reward_models_are_averaged(pipeline, ppo_run):
 
 def test_critic_steps_leave_the_policy_alone_at_first(pipeline, ppo_run):
     initial = load_file(pipeline.sft / "model.safetensors")
-    rows, batches = ppo_run("critic_first", critic_steps=1, episodes=8)
-    assert same_weights(policy(pipeline, "critic_first"), initial)
-    # and then both learn: the second rollout is still the initial policy's, but the critic has moved
-    rows, (first, second) = ppo_run("critic_then_both", critic_steps=1)
+    rows, _ = ppo_run("critic_then_both", critic_steps=1)
+    # the second rollout is still the initial policy's, to the bit; then both learn
     assert rows[1]["objective/kl"] == 0.0 and rows[0]["policy/approxkl_avg"] < 1e-12 < rows[1]["policy/approxkl_avg"]
     assert not same_weights(policy(pipeline, "critic_then_both"), initial)
     plain = ppo_run("no_critic_first")[0]
