@@ -32,7 +32,7 @@ class Config(runtime.TrainConfig):
     model: str = "out/sft_1b/final"  # the SFT model: hub id or directory
     data: str = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"  # hub id, directory or file with {split}
     normalize_data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # its references get mean reward 0
-    normalize_std: bool = False  # and standard deviation 1, before and after training (arXiv:1909.08593)
+    normalize_std: bool = False  # and deviation 1, before training and after (arXiv:1909.08593); needs normalize_data
     target_clamp: float = 0.5  # keep target probabilities within 0.5 -+ this (arXiv:2212.08073: 0.1); 0.5: as they are
     label_noise: Share = 0.0  # share of labels that are the toss of a coin (arXiv:1706.03741: 0.1)
     bootstrap: bool = False  # train on as many rows drawn with replacement: a member of an ensemble
