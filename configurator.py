@@ -12,17 +12,18 @@ import ast
 import dataclasses
 import difflib
 import inspect
-import math
 import re
 import sys
+from math import inf, ulp
 from types import ModuleType
 from typing import NewType, get_args
 
 Count, Positive = NewType("Count", int), NewType("Positive", float)
 Share, Signed = NewType("Share", float), NewType("Signed", float)
-LIMITS = {int: (0, "int from 0"), Count: (1, "int from 1"), float: (0, "finite float from 0"),
-          Positive: (math.ulp(0.0), "finite float above 0"), Share: (0, "float from 0 and below 1"),
-          Signed: (-sys.float_info.max, "finite float")}  # fmt: skip
+# type of a field: the least value, what all values lie below, and the words for both
+LIMITS = {int: (0, inf, "int from 0"), Count: (1, inf, "int from 1"),
+          float: (0, inf, "finite float from 0"), Positive: (ulp(0.0), inf, "finite float above 0"),
+          Share: (0, 1, "float from 0 and below 1"), Signed: (-sys.float_info.max, inf, "finite float")}  # fmt: skip
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
@@ -103,10 +104,10 @@ def check(field, value, where="command line"):
     """Return `value` if it has the field's type (an int is accepted for a float); else raise UserError."""
     choices = get_args(field.type)
     kind = str if choices else getattr(field.type, "__supertype__", field.type)
-    low, wanted = LIMITS.get(field.type, (0, kind.__name__))
+    low, high, wanted = LIMITS.get(field.type, (None, None, kind.__name__))
     if kind is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
-    if type(value) is not kind or field.type in LIMITS and not low <= value < (1 if field.type is Share else math.inf):
+    if type(value) is not kind or (field.type in LIMITS and not low <= value < high):
         takes = f"takes {wanted}, got {type(value).__name__} ({value!r})"
         raise UserError(f"{where}: '{field.name}' {takes}; write for example {field.default!r}")
     if choices and value not in choices:

@@ -107,7 +107,7 @@ class Config(runtime.TrainConfig):
     critic_steps: int = 0  # first updates in which the critic alone learns; the policy learns after them
     entropy_coef: float = 0.0  # weight of an entropy bonus
     ptx_coef: float = 0.0  # weight of an SFT loss on as many rows (PPO-ptx, arXiv:2203.02155)
-    ptx_data: str = ""  # its rows: hub id, directory or file with {split}; empty: data
+    ptx_data: str = ""  # its rows, longer than queries by response_length at most: as data; empty: data
     diagnostics: bool = False  # log perplexities and other estimates of KL too
     samples_every: int = 10  # updates between rows in samples.jsonl; 0: none
 
@@ -189,8 +189,8 @@ def policy_loss(new_logprobs, logprobs, advantages, cliprange, kl_delta=0.0, rol
     """Clipped surrogate, negated: (B, R). (PPO-Clip: arXiv:1707.06347 eq. 7)
 
     kl_delta: in place of cliprange, clip where k3's estimate of KL(old, new) reaches it and the objective has improved
-    (after TR-PPO). rollback: outside the limit the objective falls with this slope instead of
-    staying flat (PPO-RB, TR-PPO-RB). (arXiv:1903.07940)
+    (after TR-PPO). rollback: outside the limit the objective falls with this slope instead of staying flat (PPO-RB,
+    TR-PPO-RB). (arXiv:1903.07940)
     """
     ratio = torch.exp(new_logprobs - logprobs)
     gain = advantages * ratio

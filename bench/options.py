@@ -10,6 +10,7 @@ pairs, reward models 75 updates of 32 pairs (and then PPO on them). All samples 
 held-out posts) are scored by the gold score, which no stage sees, by the demo's reward model of that seed, and by their
 KL to SFT. Every run adds a row to bench/options.jsonl; what has a row there is not run again.
 """
+
 import argparse
 import contextlib
 import json
@@ -92,7 +93,7 @@ def place(group, name, seed):
 
 
 def train(group, name, seed, directory):
-    """Train the option's policy in `directory`; returns the final model, and the reward model's held-out accuracy."""
+    """Train the option's policy in `directory`; returns its reward model's held-out accuracy, if it trained one."""
     extra, common, accuracy = list(GROUPS[group][name]), [f"--seed={seed}", f"--out_dir={directory}"], None
     if "--truncate_token=PERIOD" in extra:
         vocab = json.loads((demo(seed) / "data" / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
@@ -129,7 +130,7 @@ def run(group, name, seed):
 
 
 def table(rows):
-    """Markdown: a row per option, the three seeds' mean, and in how many seeds gold rose."""
+    """Print Markdown: a row per option, with the mean over seeds, and the change of gold in each seed."""
     for group, options in GROUPS.items():
         print(f"\n| {group} | gold | change (by seed) | reward | KL | tokens |{' accuracy |' * (group == 'rm')}")
         print("|---" * (6 + (group == "rm")) + "|")

@@ -34,6 +34,14 @@ def real_tokenizer():
 
 
 @pytest.fixture(scope="session")
+def library(real_tokenizer):
+    """Pythia's tokenizer by the tokenizers library, special tokens in a text read as text."""
+    tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(str(real_tokenizer))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
 def tldr_sample():
     """Directory of sft_{train,validation}.jsonl and comparisons_{train,validation}.jsonl."""
     path = find("tldr_sample")

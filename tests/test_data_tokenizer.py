@@ -20,14 +20,6 @@ def tokenizer(real_tokenizer):
 
 
 @pytest.fixture(scope="module")
-def library(real_tokenizer):
-    """The oracle with special-token text read as ordinary text."""
-    tokenizer = library_module.Tokenizer.from_file(str(real_tokenizer))
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
 def special_library(real_tokenizer):
     """The oracle as it comes: special-token text becomes the special ids."""
     return library_module.Tokenizer.from_file(str(real_tokenizer))

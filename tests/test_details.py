@@ -226,11 +226,9 @@ def real(real_tokenizer):
 
 
 @pytest.fixture(scope="module")
-def library(real_tokenizer):
-    """Pythia's tokenizer by the tokenizers library, special tokens in a text read as text."""
-    tokenizer = tokenizers.Tokenizer.from_file(str(real_tokenizer))
-    tokenizer.encode_special_tokens = True
-    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+def library(library):
+    """Token ids of a text by the tokenizers library."""
+    return lambda text: library.encode(text, add_special_tokens=False).ids
 
 
 @pytest.fixture(scope="module")

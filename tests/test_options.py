@@ -13,7 +13,6 @@ from transformers import GPTNeoXForCausalLM
 import dpo
 import ppo
 import rm
-import runtime
 import sample
 import sft
 from configurator import UserError, configure
@@ -321,28 +320,6 @@ def test_ppo_max_recipe_goes_on_top_of_any_configuration(pipeline):
     rows = metrics(cfg)
     assert "loss/ptx_avg" not in rows[0] and rows[1]["loss/ptx_avg"] > 0 and rows[1]["val/perplexity"] > 1
     assert rows[1]["objective/kl"] == 0.0 and rows[0]["lr"] == 5e-7
-
-
-def test_all_options_resume_bitwise(pipeline, monkeypatch):
-    """Killed while the critic alone learns (the policy has no moments yet), it goes on as if nothing had been."""
-    whole, broken = (pipeline.config(ppo, f"options_{name}", episodes=40, save_every=2, **EVERYTHING)
-                     for name in ("whole", "broken"))  # fmt: skip
-    ppo.main(whole)
-    log = runtime.Run.log
-
-    def log_and_die(run, *args, **kwargs):
-        log(run, *args, **kwargs)
-        if run.step == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(runtime.Run, "log", log_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        ppo.main(broken)
-    monkeypatch.undo()
-    torch.distributed.destroy_process_group()
-    ppo.main(broken)
-    for file in ("metrics.jsonl", "final/model.safetensors"):
-        assert (Path(whole.out_dir) / file).read_bytes() == (Path(broken.out_dir) / file).read_bytes(), file
 
 
 def test_all_options_are_invariant_to_micro_batch_size(pipeline):
