@@ -95,18 +95,18 @@ def update(run, cfg, model, rows, ref_logprobs):
         logprobs, lengths = pair_logprobs(model, rows[index], run.tokenizer.n_vocab, run.device)  # (B, 2)
         pairs = (*logprobs.unbind(1), *ref_logprobs[index].unbind(1))
         losses, chosen, rejected = dpo_loss(*pairs, cfg.beta, cfg.loss_type, cfg.label_smoothing, lengths)
-        runtime.backward(run, losses.sum() / cfg.batch_size - cfg.sft_coef * logprobs[:, 0].sum() / n_tokens)
+        loss = losses.sum() / cfg.batch_size - cfg.sft_coef * logprobs[:, 0].sum() / n_tokens
+        runtime.backward(run, loss, index)
         values = (losses, chosen, rejected, chosen > rejected, *logprobs.unbind(1))
         parts.append({name: value.sum() / cfg.batch_size for name, value in zip(names, values)})
     metrics = run.sum(parts)
     return metrics | {"rewards/margins": metrics["rewards/chosen"] - metrics["rewards/rejected"]}
 
 
+@runtime.stage
 def main(cfg):
     dpo_loss(*torch.zeros(4, 1), cfg.beta, cfg.loss_type, cfg.label_smoothing, torch.ones(1, 2))  # refuses wrong ones
     run = runtime.start(cfg, n_responses=2)
-    if run is None:
-        return
     if min(run.rows["target"]) < 1:
         raise UserError(f"{cfg.data}: has soft labels (column target), which DPO does not use; use label_smoothing")
     reference = runtime.load_model(run, GPTNeoX, cfg.reference or cfg.model)
@@ -123,7 +123,6 @@ def main(cfg):
         table = accuracy_table(run.held_out, cfg.beta * (ratios[:, 0] - ratios[:, 1]))
         runtime.report(run, {"eval/accuracy": table["all"]["accuracy"]} if table else {}, table)
     runtime.export(run, model)
-    run.close()
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils.checkpoint import checkpoint
 
 from configurator import Count, UserError, check
 
@@ -172,6 +172,7 @@ class Body(nn.Module):
         self.embed_in = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.checkpointing = False  # keep only the blocks' inputs for the backward pass, and compute the rest again
 
     def forward(self, ids, select=None, cache=None):
         length, limit = ids.shape[1] if cache is None else cache.capacity, self.config.max_position_embeddings
@@ -184,7 +185,10 @@ class Body(nn.Module):
             positions = torch.arange(ids.shape[1], device=ids.device)  # (T,), the same for all rows
         cos, sin = self.rope(positions, h.dtype)
         for layer in self.layers:
-            h = layer(h, cos, sin, cache)
+            if self.checkpointing and torch.is_grad_enabled():
+                h = checkpoint(layer, h, cos, sin, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h = layer(h, cos, sin, cache)
         if cache is not None:
             cache.end += ids.shape[1]
         if select is not None:
@@ -239,9 +243,7 @@ class Pretrained(nn.Module):
                 index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
                 write_json(os.path.join(directory, "model.safetensors.index.json"), index)
         for file, names in plan.filename_to_tensors.items():
-            tensors = {name: full(state[name]).cpu().contiguous() for name in names}
-            if writes:
-                save_file(tensors, os.path.join(directory, file), metadata={"format": "pt"})
+            write_safetensors(os.path.join(directory, file) if writes else os.devnull, {n: state[n] for n in names})
 
 
 class GPTNeoX(Pretrained):
@@ -301,6 +303,24 @@ def init_weights(model, seed=None, only=""):
 
 
 # ---------------------------------------------------------------------------- files
+
+
+def write_safetensors(path, tensors):
+    """Write float tensors tensor by tensor, so that no two sharded ones are ever whole at a time.
+
+    The format: the header's length in 8 bytes; the header, JSON, padded to a multiple of 8; the values.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, x in tensors.items():
+        start, end = end, end + x.numel() * x.element_size()
+        dtype = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[x.dtype]
+        header[name] = {"dtype": dtype, "shape": list(x.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for x in tensors.values():
+            file.write(full(x).cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def find_model(source, revision="main", patterns=("*.json", "*.safetensors")):
@@ -427,13 +447,14 @@ def sample_token(logits, temperature, uniforms, n_vocab=None):
 
 @torch.no_grad()
 def generate(model, queries, query_lens, max_new_tokens, temperature, uniforms=None, eos_id=None, n_vocab=None,
-             return_logprobs=False):  # fmt: skip
+             return_logprobs=False, all_done=torch.all):  # fmt: skip
     """Continue right-padded queries (B, Q) of lengths query_lens (B,) by max_new_tokens = R tokens: (B, R).
 
     temperature:     0 is greedy; else one uniform of `uniforms` (B, R) in [0, 1) decides each token.
     eos_id:          if given, a row that has drawn it goes on with it, and the loop ends once all rows have.
     n_vocab:         ids at or above it are never generated.
     return_logprobs: also return the log-probabilities (B, R) of the tokens as they were drawn (0 after EOS).
+    all_done:        a function of done (B,) that ends the loop, if not every row alone is to decide it.
     """
     width = int(query_lens.max())
     if temperature < 0 or (temperature > 0 and uniforms is None) or int(query_lens.min()) < 1:
@@ -452,6 +473,6 @@ def generate(model, queries, query_lens, max_new_tokens, temperature, uniforms=N
             tokens, logprob = tokens.where(~done, eos_id), logprob.where(~done, 0.0)
             done |= tokens == eos_id
         responses[:, t], logprobs[:, t] = tokens, logprob
-        if done.all():
+        if all_done(done):
             break
     return (responses, logprobs) if return_logprobs else responses

@@ -396,7 +396,7 @@ def ppo_update(run, cfg, policy, critic, queries, batch, ptx_rows=None):
                     ids, select, new_logprobs, spread = forward(run, cfg, policy, queries, batch, rows, bonus)
                 micro = {name: x[rows] if x.dim() == 1 else x[rows, : select.shape[1]] for name, x in batch.items()}
                 loss, stats = ppo_loss(cfg, new_logprobs, critic(ids, select), micro, n_actions, n_values, spread)
-                runtime.backward(run, loss)
+                runtime.backward(run, loss, rows)
                 # before any step of this update the ratio must be 1, or rollout and update disagree
                 ratio = stats["val/ratio_avg"] * (epoch == number == 0)
                 parts.append({"val/ratio": ratio} | {name: value / n_steps for name, value in stats.items()})
@@ -425,14 +425,13 @@ def check_limits(run, cfg):
             raise UserError(f"{name} is {getattr(cfg, name)}, but must be below {limit} in this run; lower it")
 
 
+@runtime.stage
 def main(cfg, score=None):
     """score: a function of (query texts, response texts) -> list of floats that replaces the reward model.
 
     As with a reward model, a response without EOS scores missing_eos_score instead.
     """
     run = runtime.start(cfg, n_responses=0, n_minibatches=cfg.n_minibatches)
-    if run is None:
-        return
     check_limits(run, cfg)
     policy = runtime.load_model(run, GPTNeoX, cfg.model, trainable=True)
     # a reference that moves is float32, or small steps would be lost
@@ -471,7 +470,6 @@ def main(cfg, score=None):
         if run.is_main and cfg.samples_every and step % cfg.samples_every == 0:
             write_samples(run, queries, batch)
     runtime.export(run, policy)
-    run.close()
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def update(run, cfg, model, rows):
     for index in run.share(rows["length"], cfg.micro_batch_size):
         out = forward(cfg, model, rows[index], run.device)
         loss, right, margin = (x.sum() / cfg.batch_size for x in (out["loss"], out["margin"] > 0, out["margin"]))
-        runtime.backward(run, loss)
+        runtime.backward(run, loss, index)
         parts.append({"loss/rm": loss, "train/accuracy": right, "train/margin": margin})
     return run.sum(parts)
 
@@ -126,10 +126,9 @@ def eos_rewards(run, cfg, model, rows):
     return {f"reward/{name}": x.mean().item() for name, x in means.items()}
 
 
+@runtime.stage
 def main(cfg):
     run = runtime.start(cfg, n_responses=2, ranked=True)
-    if run is None:
-        return
     if cfg.bootstrap:
         run.rows = run.rows.select(np.random.default_rng((cfg.seed, 1)).integers(len(run.rows), size=len(run.rows)))
     references = cfg.normalize_data and run.load(cfg.normalize_data, cfg.train_split, n_responses=1)
@@ -152,7 +151,6 @@ def main(cfg):
         details |= eos_rewards(run, cfg, model, run.held_out.select(range(min(1024, len(run.held_out)))))
     runtime.report(run, metrics, table, **details)
     runtime.export(run, model)
-    run.close()
 
 
 if __name__ == "__main__":

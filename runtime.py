@@ -4,10 +4,15 @@ One process is a world of one and runs the same code as eight under torchrun: gl
 All randomness is a pure function of (seed, step, row), so there is no generator state here to save.
 """
 
+import contextlib
+import functools
+import hashlib
 import json
 import math
 import os
 import shutil
+import signal
+import threading
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -18,9 +23,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from tqdm import tqdm
 
 from configurator import Count, Share, UserError, check
@@ -28,6 +34,7 @@ from data import Tokenizer, batch_rows, load_rows, pad_right
 from model import GPTNeoXConfig, find_model, full, generate, init_weights, load_weights, read_json, write_json
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass
@@ -39,6 +46,10 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; auto: bfloat16 on cuda; the masters are float32
     max_query_tokens: Count = 512  # longer posts are cut (detail 2.2)
+    shard_size: int = 0  # processes that share one copy of a model, a node's for example; 0: all
+    offload: Literal["none", "frozen", "all"] = "none"  # to CPU memory: frozen models; or trained ones and Adam's too
+    rollout_gather: bool = True  # sample with a model's parameters whole on each process; False: block by block
+    accept_changes: bool = False  # go on in an out_dir that holds a run with another configuration
 
     def __post_init__(self):
         for field in fields(self):
@@ -65,9 +76,63 @@ class TrainConfig(RunConfig):
     adam_style: Literal["torch", "tf"] = "torch"  # tf: eps is added before the bias correction (arXiv:1909.08593)
     weight_decay: float = 0.01  # decoupled, on all parameters
     max_grad_norm: float = 0.0  # clip the gradient's global norm; 0: do not clip
-    save_every: int = 0  # updates between resumable checkpoints; 0: none, only the final model
-    keep_checkpoints: Count = 2  # how many of them to keep
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # what to do when a loss or the gradient is not finite
+    activation_checkpointing: bool = False  # compute a block's activations again in the backward pass
+    save_every: int = 0  # updates between resumable checkpoints; 0: none but that of a run stopped by a signal
+    keep_checkpoints: Count = 2  # how many of them to keep: the last ones
+    keep_every: int = 0  # and those after each multiple of this many updates; 0: no others
     wandb: str = ""  # a Weights & Biases project to log to as well
+
+
+class Done(Exception):
+    """There is nothing to do, or a signal has ended the run: `stage` ends quietly."""
+
+
+def stage(main):
+    """Decorate a script's main(cfg, ...): it ends with one line where a user can help, and leaves no process group.
+
+    The line is that of a UserError, and names the disk's, the memory's or a checkpoint's trouble.
+    """
+
+    @functools.wraps(main)
+    def wrapped(cfg, *args, **kwargs):
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        try:
+            with contextlib.suppress(Done):
+                main(cfg, *args, **kwargs)
+            dist.barrier()  # a process that tears down early can abort the others
+            dist.destroy_process_group()
+        except (OSError, RuntimeError, MemoryError, CheckpointException) as error:
+            line = explain(cfg, error)
+            if line is None:
+                raise
+            raise UserError(line) from None
+        finally:
+            handle_signals(handlers)
+            if dist.is_initialized() and dist.get_world_size() == 1:  # a notebook goes on after an error
+                dist.destroy_process_group()
+
+    return wrapped
+
+
+def explain(cfg, error):
+    """One line for what a user can mend, None for another error."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    reason = str(error).split("\n")[0]
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in reason:
+        sizes = [f"{name} ({size})" for name, size in vars(cfg).items() if name.endswith("micro_batch_size")]
+        return f"out of memory: {reason}; lower {' or '.join(sizes)}, or see activation_checkpointing and offload"
+    if isinstance(error, OSError) and error.errno:
+        where = error.filename or cfg.out_dir
+        return f"{where}: {error.strerror}; mend that, and the same command goes on from the last checkpoint"
+    return None
+
+
+def handle_signals(handlers):
+    if threading.current_thread() is threading.main_thread():  # no other may
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 class Run:
@@ -75,6 +140,7 @@ class Run:
 
     def __init__(self, cfg):
         self.cfg, self.out_dir, self.bar, self.wandb = cfg, Path(cfg.out_dir), tqdm(disable=True), None
+        self.losses, self.skipped, self.stopping = [], 0, False
         kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         if kind == "cuda" and not torch.cuda.is_available():
             raise UserError("device 'cuda' is not there; use --device=cpu, or run on a machine with a GPU")
@@ -84,18 +150,20 @@ class Run:
         if kind == "cuda":
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
-            backend, device = ("nccl", self.device) if kind == "cuda" else ("gloo", None)
+            # gloo beside nccl: for what is offloaded to the CPU
+            backend, device = ("cpu:gloo,cuda:nccl", self.device) if kind == "cuda" else ("gloo", None)
             alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-            # under torchrun all wait while rank 0 fetches and tokenises
-            dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=device, **alone)
+            try:  # the time limit covers rank 0's fetching and tokenising, for which the others wait
+                dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device, **alone)
+            except (ValueError, RuntimeError) as error:
+                reason = str(error).split("\n")[0]
+                raise UserError(f"no process group ({reason}); start with torchrun, or unset RANK") from None
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.is_main = self.rank == 0
-        self.mesh = init_device_mesh(kind, (self.size,))
-
-    def close(self):
-        self.bar.close()
-        dist.barrier()  # a process that tears down early can abort the others
-        dist.destroy_process_group()
+        self.is_main, shards = self.rank == 0, cfg.shard_size or self.size
+        if self.size % shards:
+            raise UserError(f"shard_size {shards} does not divide the {self.size} processes; use one that does")
+        self.mesh = init_device_mesh(kind, (self.size // shards, shards), mesh_dim_names=("replicas", "shards"))
+        self.mesh = self.mesh if shards < self.size else self.mesh["shards"]
 
     # ---- rows: who computes what, and how all learn the result
 
@@ -147,18 +215,34 @@ class Run:
     def train(self, models, state=None, lrs=None):
         """Yield the updates still to do, under a progress bar; a checkpoint follows after each save_every.
 
+        SIGTERM or SIGINT (Ctrl-C) ends the run after the update, with a checkpoint; a second one ends it at once.
+
         models: name -> module, each with a group of the optimizer. lrs: name -> its learning rate, if not cfg.lr.
         state:  what else a resumed run needs, in JSON; the loop's body changes it in place.
         """
         self.models, state = nn.ModuleDict(models), {} if state is None else state
         self.optimizer = make_optimizer(self.cfg, self.models, lrs or {})
         self.step = resume(self, state)
+        handle_signals(dict.fromkeys(SIGNALS, self.stop))
         self.bar = tqdm(initial=self.step, total=self.total, disable=not self.is_main, desc=self.out_dir.name)
         while self.step < self.total:
             yield self.step
             self.step += 1
             self.bar.update()
-            save_checkpoint(self, state)
+            stopping = self.sum([{"asked": torch.tensor(float(self.stopping), device=self.device)}])["asked"] > 0
+            if stopping or (self.cfg.save_every and self.step % self.cfg.save_every == 0):
+                save_checkpoint(self, state)
+            if stopping and self.step < self.total:
+                self.end(f"stopped after update {self.step}; the same command goes on from there")
+
+    def stop(self, number, frame):
+        self.stopping = True
+        signal.signal(number, signal.default_int_handler)
+
+    def end(self, text):
+        if self.is_main:
+            print(f"\n{text}", flush=True)
+        raise Done(text)
 
     def batch(self):
         """Indices (batch_size,) of this step's rows."""
@@ -166,9 +250,13 @@ class Run:
 
     def log(self, metrics, watch=()):
         """Append one row to metrics.jsonl; show the metrics named in `watch` beside the progress bar."""
+        skips = self.cfg.on_nonfinite == "skip"
         for name, value in metrics.items():
-            if not math.isfinite(value):
+            if not math.isfinite(value) and not skips:
                 raise UserError(f"step {self.step}: {name} is {value}; lower lr, or look at the rows of that step")
+        if skips:  # JSON has no NaN
+            metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            metrics["skipped"] = self.skipped
         if self.is_main:
             write_jsonl(self.out_dir / "metrics.jsonl", [{"step": self.step, **metrics}], "a")
         if self.wandb:
@@ -179,15 +267,13 @@ class Run:
 def start(cfg, n_responses, tokenizer="", n_minibatches=1, **options):
     """Join the process group, open cfg.out_dir, load the tokenizer (cfg.model's, if none is named) and the rows.
 
-    Returns a Run with tokenizer, rows, held_out ("" without an eval_split) and total, the number of updates; or
-    None if the run is complete already. n_responses and options go to `load_rows`.
+    Returns a Run with tokenizer, rows, held_out ("" without an eval_split) and total, the number of updates.
+    Raises Done if the run is complete already. n_responses and options go to `load_rows`.
     """
     run = Run(cfg)
     open_directory(run)
     if (run.out_dir / "final").exists():
-        if run.is_main:
-            print(f"{run.out_dir}/final is there already; to train again, choose another out_dir")
-        return run.close()
+        run.end(f"{run.out_dir}/final is there already; to train again, choose another out_dir")
     if run.is_main and cfg.wandb:
         import wandb
 
@@ -213,20 +299,18 @@ def open_directory(run):
     Raises UserError if a run with another configuration has begun there.
     """
     values = asdict(run.cfg)
-    if any((run.out_dir / name).exists() for name in ("checkpoints", "final", *LOGS)):
+    del values["accept_changes"]
+    if not run.cfg.accept_changes and any((run.out_dir / name).exists() for name in ("checkpoints", "final", *LOGS)):
         was = read_json(run.out_dir / "config.json")
         changed = [f"{key} ({was.get(key)!r} -> {new!r})" for key, new in values.items() if was.get(key) != new]
         if changed:
             which = f"{run.out_dir} holds a run with another configuration: {', '.join(changed)}"
-            raise UserError(f"{which}; choose another out_dir")
+            raise UserError(f"{which}; choose another out_dir, or go on knowingly with --accept_changes")
     dist.barrier()
     if run.is_main:
         print("\n".join(f"{key} = {value!r}" for key, value in values.items()), flush=True)
-        try:
-            run.out_dir.mkdir(parents=True, exist_ok=True)
-            write_json(run.out_dir / "config.json", values)
-        except OSError as error:
-            raise UserError(f"out_dir {run.out_dir}: cannot be written ({error.strerror}); choose another") from None
+        run.out_dir.mkdir(parents=True, exist_ok=True)
+        write_json(run.out_dir / "config.json", values)
 
 
 def report(run, metrics, table, **details):
@@ -259,8 +343,10 @@ def load_model(run, cls, source, trainable=False, random=None):
     if model.config.vocab_size < run.tokenizer.n_vocab:
         sizes = f"vocab_size {model.config.vocab_size} is less than the tokenizer's {run.tokenizer.n_vocab}"
         raise UserError(f"{directory}: {sizes}; use the model's own tokenizer")
-    shard(model, run, torch.float32 if trainable else run.dtype)
-    model.to_empty(device=run.device)
+    offload = run.cfg.offload == "all" or (run.cfg.offload == "frozen" and not trainable)
+    shard(model, run, torch.float32 if trainable else run.dtype, offload)
+    model.to_empty(device="cpu" if offload else run.device)
+    model.gpt_neox.checkpointing = trainable and run.cfg.activation_checkpointing
     if random is not None:
         init_weights(model, run.cfg.seed, only=random)
     if random != "":
@@ -268,32 +354,41 @@ def load_model(run, cls, source, trainable=False, random=None):
     return model.requires_grad_(trainable)
 
 
-def shard(model, run, master_dtype):
+def shard(model, run, master_dtype, offload=False):
     """FSDP2: every block, then the rest; masters in master_dtype, compute in run.dtype, reductions in float32.
 
     The modules that a model lists in `float32_modules` compute in float32 whatever run.dtype is.
+    offload: the shards live in CPU memory, gradients and the optimizer's state with them.
     """
     model.to(master_dtype)
+    where = CPUOffloadPolicy(pin_memory=run.device.type == "cuda") if offload else OffloadPolicy()
     exact = [model.get_submodule(name).float() for name in model.float32_modules]
     for module in [*exact, *model.gpt_neox.layers, model]:
         dtypes = dict(param_dtype=torch.float32 if module in exact else run.dtype, reduce_dtype=torch.float32)
-        fully_shard(module, mesh=run.mesh, mp_policy=MixedPrecisionPolicy(**dtypes), reshard_after_forward=True)
+        policies = dict(mp_policy=MixedPrecisionPolicy(**dtypes), offload_policy=where)
+        fully_shard(module, mesh=run.mesh, reshard_after_forward=True, **policies)
 
 
 def generate_rows(run, model, queries, draws, temperature, stop, micro_batch_size):
     """Sample for n queries (lists of ids) with draws (n, R): responses and their logprobs (n, R), on all ranks.
 
     A response that has drawn the id `stop` goes on with it; None: all are sampled to their end.
+    With cfg.rollout_gather the parameters stay whole meanwhile, with no collective per token; without it they are
+    gathered block by block for each, and all ranks take as many steps as the slowest.
     """
+
+    def all_done(done):
+        return not run.sum([{"left": (~done).sum()}])["left"]
 
     def sample(index):
         ids, lengths = pad_right([queries[i] for i in index])
         ids, lengths, draw = (x.to(run.device) for x in (ids, lengths, draws[index]))
         n_vocab, R = run.tokenizer.n_vocab, draws.shape[1]
-        out = generate(model, ids, lengths, R, temperature, draw, stop, n_vocab, return_logprobs=True)
+        ends = torch.all if run.cfg.rollout_gather else all_done
+        out = generate(model, ids, lengths, R, temperature, draw, stop, n_vocab, return_logprobs=True, all_done=ends)
         return dict(zip(("responses", "logprobs"), out))
 
-    model.set_reshard_after_forward(False)  # its parameters stay whole: no collective per token
+    model.set_reshard_after_forward(not run.cfg.rollout_gather)
     rows = run.map_rows(sample, [len(query) for query in queries], micro_batch_size)
     model.set_reshard_after_forward(True)  # the next forward pass shards them again
     return rows["responses"], rows["logprobs"]
@@ -329,25 +424,32 @@ def learning_rate(step, total_steps, lr, schedule, warmup_steps=0):
     return lr * ((step + 1) / warmup_steps if step < warmup_steps else factors[schedule])
 
 
-def backward(run, loss):
-    """Back-propagate this rank's part of a loss that is a sum over all ranks.
+def backward(run, loss, rows=()):
+    """Back-propagate this rank's part of a loss that is a sum over all ranks. rows: whose it is, within the batch.
 
     FSDP averages gradients over the ranks; the factor undoes that. (set_gradient_divide_factor does not work on
     gloo, and on the root module alone it leaves the blocks averaged.)
     """
+    run.losses.append((rows, loss.detach()))
     (loss * run.size).backward()
 
 
 def optimizer_step(run):
     """One update with the scheduled learning rates; returns {"lr", "grad_norm"}; lr is the first model's.
 
-    Raises UserError before any weight changes if the gradient is not finite.
+    If a loss or the gradient is not finite, no weight changes: UserError, or with on_nonfinite="skip" the update is
+    left out and counted in run.skipped.
     """
     cfg, optimizer = run.cfg, run.optimizer
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = full(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-    if not norm.isfinite():
-        raise UserError(f"step {run.step}: the gradient norm is {norm.item()}; lower lr, or look at that step's rows")
+    norm = full(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])).to(run.device)
+    losses, run.losses = run.losses, []
+    bad = torch.stack([norm, *(loss for _, loss in losses)]).isfinite().logical_not().any()
+    skip = run.sum([{"bad": bad}])["bad"] > 0
+    if skip and cfg.on_nonfinite == "stop":
+        rows = [row for index, loss in losses if not loss.isfinite() for row in run.batch()[list(index)].tolist()]
+        what = f"the gradient norm is {norm.item()}, the loss of this rank's rows {rows or '(none)'} is not finite"
+        raise UserError(f"step {run.step}, rank {run.rank}: {what}; lower lr, or mend the rows")
     if cfg.max_grad_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, cfg.max_grad_norm, norm)
     for group in optimizer.param_groups:
@@ -355,7 +457,9 @@ def optimizer_step(run):
         if cfg.adam_style == "tf":  # torch adds eps to the corrected root, TensorFlow to the root before correction
             n_steps = 1 + optimizer.state[group["params"][0]]["step"].item()
             group["eps"] = cfg.adam_eps / math.sqrt(1 - cfg.adam_beta2**n_steps)
-    optimizer.step()
+    if not skip:
+        optimizer.step()
+    run.skipped += skip
     optimizer.zero_grad()
     return {"lr": optimizer.param_groups[0]["lr"], "grad_norm": norm.item()}
 
@@ -363,22 +467,35 @@ def optimizer_step(run):
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(run, state):
-    """Write checkpoints/step_N after every save_every updates: models, optimizer, and `state` as JSON.
+def training_state(run):
+    """The tensors that a resumed run needs, to be written or filled in place: parameters, Adam's moments and counts."""
+    named = dict(run.models.named_parameters())
+    moments = {f"{key}.{name}": x for name, p in named.items() for key, x in run.optimizer.state.get(p, {}).items()}
+    return named | moments
 
-    The directory gets its final name only when it is complete.
+
+def save_checkpoint(run, state):
+    """Write checkpoints/step_N: each rank's shards as safetensors, `state` as JSON, and the checksums of all files.
+
+    It is on the disk and complete before it gets its final name. Collective.
     """
-    if not run.cfg.save_every or run.step % run.cfg.save_every:
-        return
-    final, temporary = (run.out_dir / "checkpoints" / f"{name}_{run.step}" for name in ("step", "tmp"))
-    weights, moments = get_state_dict(run.models, run.optimizer)
-    dcp.save({"models": weights, "optimizer": moments}, checkpoint_id=temporary)
+    directory = run.out_dir / "checkpoints"
+    final, temporary = directory / f"step_{run.step}", directory / f"tmp_{run.step}"
+    if run.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while it wrote
+    dcp.save(training_state(run), storage_writer=HuggingFaceStorageWriter(temporary, save_distributed=True))
     if run.is_main:
         sizes = {path.name: path.stat().st_size for path in map(run.out_dir.joinpath, LOGS) if path.exists()}
         write_json(temporary / "state.json", {"step": run.step, "sizes": sizes, **state})
-        temporary.rename(final)
+        sync(*map(run.out_dir.joinpath, sizes))
+    dist.barrier()
+    written = checksums(run, temporary)
+    if run.is_main:
+        write_json(temporary / "checksums.json", written)
+        move(temporary, final)
         for old in list_checkpoints(run)[: -run.cfg.keep_checkpoints]:
-            shutil.rmtree(old)
+            if not run.cfg.keep_every or int(old.name[len("step_") :]) % run.cfg.keep_every:
+                shutil.rmtree(old)
     dist.barrier()
 
 
@@ -386,26 +503,59 @@ def list_checkpoints(run):
     return sorted((run.out_dir / "checkpoints").glob("step_*"), key=lambda path: int(path.name[len("step_") :]))
 
 
+def checksums(run, directory):
+    """SHA-256 of each file of a checkpoint, on every rank; the ranks share the reading."""
+    paths, parts = sorted(path for path in directory.iterdir() if path.name != "checksums.json"), [None] * run.size
+    mine = {path.name: hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in paths[run.rank :: run.size]}
+    dist.all_gather_object(parts, mine)
+    return {name: digest for part in parts for name, digest in part.items()}
+
+
 def resume(run, state):
-    """Load the newest checkpoint in place, `state` too; returns its step, or 0 if there is none.
+    """Load the newest whole checkpoint in place, `state` too; returns its step, or 0 if none was ever written.
 
     metrics.jsonl and samples.jsonl go back to that step, so that a resumed run writes what an unbroken one would.
+    Raises UserError if there are checkpoints, but none is whole.
     """
-    found, step, sizes = list_checkpoints(run), 0, {}
-    if found:
-        weights, moments = get_state_dict(run.models, run.optimizer)
-        dcp.load({"models": weights, "optimizer": moments}, checkpoint_id=found[-1])
-        set_state_dict(run.models, run.optimizer, model_state_dict=weights, optim_state_dict=moments)
-        state.update(read_json(found[-1] / "state.json"))
+    step, sizes, found = 0, {}, list_checkpoints(run)
+    for path in reversed(found):
+        try:
+            if checksums(run, path) != read_json(path / "checksums.json"):
+                raise UserError("its files are not as they were written")
+        except UserError as error:
+            if run.is_main:
+                print(f"passed over {path}: {error}", flush=True)
+            continue
+        dcp.load(training_state(run), storage_reader=HuggingFaceStorageReader(path))
+        state.update(read_json(path / "state.json"))
         step, sizes = state.pop("step"), state.pop("sizes")
+        break
+    if found and not step:
+        raise UserError(f"{run.out_dir}/checkpoints: none can be read; remove them all to start from the beginning")
     dist.barrier()
     if run.is_main:
         for path in map(run.out_dir.joinpath, LOGS):
             if path.exists():
                 os.truncate(path, sizes.get(path.name, 0))
-        if found:
-            print(f"resumed from {found[-1]}", flush=True)
+        if step:
+            print(f"resumed from {path}", flush=True)
     return step
+
+
+def sync(*paths):
+    """Have files, or the entries of directories, on the disk before going on."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def move(temporary, final):
+    """Give a directory its final name once all of it is on the disk; another of that name is replaced."""
+    sync(*temporary.iterdir(), temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    sync(final.parent)
 
 
 def export(run, model, name="final"):
@@ -414,6 +564,5 @@ def export(run, model, name="final"):
     model.save_pretrained(temporary)
     if run.is_main:
         shutil.copyfile(run.tokenizer.path, temporary / "tokenizer.json")
-        shutil.rmtree(final, ignore_errors=True)  # a resumed run writes some again
-        temporary.rename(final)
+        move(temporary, final)  # a resumed run writes some again
         print(f"\nwrote {final}", flush=True)

@@ -111,6 +111,7 @@ def complete(run, cfg, model):
         print(run.tokenizer.decode(response), flush=True)
 
 
+@runtime.stage
 def main(cfg):
     run, sources, best = runtime.Run(cfg), cfg.model.split(","), None
     if len(sources) > 1 and (cfg.prompt or not cfg.reward_model):
@@ -132,7 +133,6 @@ def main(cfg):
         runtime.write_jsonl(run.out_dir / "samples.jsonl", best[0])
         write_json(run.out_dir / "summary.json", best[1])
         print(f"wrote {run.out_dir}/samples.jsonl")
-    run.close()
 
 
 if __name__ == "__main__":

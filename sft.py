@@ -57,7 +57,7 @@ def update(run, cfg, model, rows):
         ids, select, targets, mask = model_inputs(rows[index], cfg.loss_on, run.device)
         logprobs = token_logprobs(model(ids, select), targets)  # (B, R)
         loss = -(logprobs * loss_weights(mask, cfg.reduction, cfg.batch_size, n_tokens)).sum()
-        runtime.backward(run, loss)
+        runtime.backward(run, loss, index)
         parts.append({"loss/sft": loss})
     return run.sum(parts)
 
@@ -74,10 +74,9 @@ def evaluate(run, cfg, model, rows):
     return {"eval/loss": loss.item()}
 
 
+@runtime.stage
 def main(cfg):
     run = runtime.start(cfg, n_responses=1, tokenizer=cfg.tokenizer)
-    if run is None:
-        return
     model = runtime.load_model(run, GPTNeoX, cfg.model, trainable=True, random="" if cfg.scratch else None)
     for step in run.train({"model": model}):
         now = run.held_out and cfg.eval_every and step % cfg.eval_every == 0
@@ -89,7 +88,6 @@ def main(cfg):
     if run.held_out:
         run.log(evaluate(run, cfg, model, run.held_out), watch=("eval/loss",))
     runtime.export(run, model)
-    run.close()
 
 
 if __name__ == "__main__":

@@ -468,7 +468,6 @@ def test_dpo_refuses_soft_labels(pipeline, tmp_path):
     data = write_rows(tmp_path / "soft.jsonl", [row] * 8)
     with pytest.raises(UserError, match="soft labels"):
         dpo.main(pipeline.config(dpo, "dpo_soft", data=data, eval_split=""))
-    torch.distributed.destroy_process_group()
 
 
 def test_sample_chooses_the_checkpoint_with_the_best_score(pipeline):
@@ -489,4 +488,3 @@ def test_sample_chooses_the_checkpoint_with_the_best_score(pipeline):
     assert summary["model"] == max(scores, key=scores.get) and summary["score"] == max(scores.values())
     with pytest.raises(UserError, match="reward_model"):
         sample.main(pipeline.config(sample, "from_none", model=",".join(sources), reward_model=""))
-    torch.distributed.destroy_process_group()

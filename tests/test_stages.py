@@ -32,7 +32,7 @@ def cpu_run(pipeline):
     run = runtime.Run(pipeline.config(sft, "unused"))
     run.tokenizer = Tokenizer.load(str(pipeline.sft))
     yield run
-    run.close()
+    torch.distributed.destroy_process_group()
 
 
 def hub_logprobs(model, query, response, temperature=1.0, n_vocab=None):
@@ -263,7 +263,6 @@ def test_score_function_replaces_the_reward_model(pipeline):
 def test_score_function_of_wrong_length_is_refused(pipeline):
     with pytest.raises(UserError, match="gave 1 scores for 3 responses"):
         ppo.main(pipeline.config(ppo, "ppo_short"), score=lambda queries, responses: [0.0])
-    torch.distributed.destroy_process_group()
 
 
 def test_adaptive_kl_moves_the_coefficient(pipeline):
@@ -318,7 +317,6 @@ def test_sample_draws_anew_for_each_line_of_stdin(pipeline, capsys, monkeypatch)
 def test_a_run_that_never_began_can_be_started_with_other_settings(pipeline):
     with pytest.raises(UserError, match="typo_train"):
         sft.main(pipeline.config(sft, "mended", data="typo_{split}.jsonl"))
-    torch.distributed.destroy_process_group()
     cfg = pipeline.config(sft, "mended")
     sft.main(cfg)
     assert json.loads((Path(cfg.out_dir) / "config.json").read_text())["data"] == cfg.data
@@ -372,7 +370,6 @@ def test_resume_is_bitwise(pipeline, name, killed_at, options, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         stage.main(broken)
     monkeypatch.undo()
-    torch.distributed.destroy_process_group()
     assert len(metrics(broken)) == killed_at + 1 and not (Path(broken.out_dir) / "final").exists()
     stage.main(broken)
     for file in ("metrics.jsonl", "final/model.safetensors"):
@@ -416,15 +413,13 @@ def test_finished_run_is_left_alone(pipeline, capsys):
 def test_other_configuration_in_the_same_directory_is_refused(pipeline):
     with pytest.raises(UserError, match=r"lr \(0.005 -> 0.5\)"):
         sft.main(pipeline.config(sft, "sft", episodes=320, lr=0.5))
-    torch.distributed.destroy_process_group()
 
 
 def test_non_finite_gradient_stops_before_the_weights_change(pipeline, monkeypatch):
     cfg = pipeline.config(sft, "sft_nan", save_every=1)
     monkeypatch.setattr(sft, "token_logprobs", lambda logits, targets: F.relu(logits[..., 0]) * float("nan"))
-    with pytest.raises(UserError, match="step 0: the gradient norm is nan"):
+    with pytest.raises(UserError, match="step 0, rank 0: the gradient norm is nan, the loss of this rank.s rows .[0-9]+, .* is not finite"):
         sft.main(cfg)
-    torch.distributed.destroy_process_group()
     assert not (Path(cfg.out_dir) / "checkpoints").exists()
 
 
