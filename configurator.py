@@ -9,12 +9,14 @@ evaluated: the field's type reads them. An unknown key or a wrong type stops the
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
 import re
 import sys
 from math import inf, ulp
+from pathlib import Path
 from types import ModuleType
 from typing import NewType, get_args
 
@@ -35,6 +37,23 @@ class UserError(SystemExit):
     """
 
 
+def require(holds, *line):
+    """Raise a UserError of the parts `line` unless the condition holds."""
+    if not holds:
+        raise UserError(" ".join(line))
+
+
+@contextlib.contextmanager
+def explain(line, *errors):
+    """Turn errors of these kinds into a UserError: `line`, and the error's own first line."""
+    try:
+        yield
+    except errors as error:
+        reason = str(error.__cause__ or error).strip().split("\n")[0]
+        own = reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"
+        raise UserError(f"{line}: {own}") from None
+
+
 def configure(Config, argv=None):
     """Build `Config` from its defaults, then config files, then --key=value.
 
@@ -51,8 +70,7 @@ def configure(Config, argv=None):
         values = read_file(Config, path, values)
     for argument in (argument for argument in argv if argument.startswith("-")):
         match = re.fullmatch(r"--([A-Za-z]\w*)(?:=(.*))?", argument, re.DOTALL)
-        if not match:
-            raise UserError(f"{argument}: not an option; write --key=value (or --flag)")
+        require(match, f"{argument}: not an option; write --key=value (or --flag)")
         key, text = match.groups()
         values[key] = parse(field_of(Config, key, "command line"), text)
     return Config(**values)
@@ -61,29 +79,22 @@ def configure(Config, argv=None):
 def read_file(Config, path, values):
     """Run a config file on top of `values` (which it can read) and return the new values."""
     names = dict(values)
-    try:
-        with open(path, encoding="utf-8") as file:
-            tree = ast.parse(file.read(), path)
+    with explain(f"config file {path} cannot be read, give the path of a .py file", OSError):
+        text = Path(path).read_bytes()
+    with explain(f"config file {path}: write one `key = value` per line", Exception, SystemExit):
+        tree = ast.parse(text, path)
         for node in tree.body[ast.get_docstring(tree) is not None :]:  # `lr: 1e-5` and `lr == 1e-5` are valid Python
-            if isinstance(node, ast.Expr) or (isinstance(node, ast.AnnAssign) and not node.value):
-                raise SyntaxError(f"line {node.lineno} sets nothing")
+            nothing = isinstance(node, ast.Expr) or (isinstance(node, ast.AnnAssign) and not node.value)
+            require(not nothing, f"line {node.lineno} sets nothing")
         exec(compile(tree, path, "exec"), names)
-    except OSError as error:
-        raise UserError(f"config file {path}: cannot be read ({error.strerror}); give the path of a .py file") from None
-    except (Exception, SystemExit) as error:
-        kind = type(error).__name__
-        raise UserError(f"config file {path}: {kind}: {error}; write one `key = value` per line") from None
-    for key, value in names.items():
-        if not key.startswith("_") and not isinstance(value, ModuleType):
-            values = {**values, key: check(field_of(Config, key, path), value, path)}
-    return values
+    found = {key: value for key, value in names.items() if key[0] != "_" and not isinstance(value, ModuleType)}
+    return values | {key: check(field_of(Config, key, path), value, path) for key, value in found.items()}
 
 
 def field_of(Config, key, where):
     fields = {field.name: field for field in dataclasses.fields(Config)}
-    if key not in fields:
-        near = difflib.get_close_matches(key, fields, n=3, cutoff=0.4) or sorted(fields)
-        raise UserError(f"{where}: unknown key '{key}'; did you mean {', '.join(near)}? (--help lists all keys)")
+    near = ", ".join(difflib.get_close_matches(key, fields, n=3, cutoff=0.4) or sorted(fields))
+    require(key in fields, f"{where}: unknown key '{key}'; did you mean {near}? (--help lists all keys)")
     return fields[key]
 
 
@@ -91,8 +102,7 @@ def parse(field, text):
     """Read a command-line value by the field's type; text is None for `--flag` alone."""
     if field.type is bool and (text is None or text.lower() in TRUE + FALSE):
         return text is None or text.lower() in TRUE
-    if text is None:
-        raise UserError(f"--{field.name} needs a value, for example --{field.name}={field.default}")
+    require(text is not None, f"--{field.name} needs a value, for example --{field.name}={field.default}")
     try:
         value = {int: int, float: float}.get(getattr(field.type, "__supertype__", field.type), str)(text)
     except ValueError:
@@ -107,11 +117,11 @@ def check(field, value, where="command line"):
     low, high, wanted = LIMITS.get(field.type, (None, None, kind.__name__))
     if kind is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
-    if type(value) is not kind or (field.type in LIMITS and not low <= value < high):
-        takes = f"takes {wanted}, got {type(value).__name__} ({value!r})"
-        raise UserError(f"{where}: '{field.name}' {takes}; write for example {field.default!r}")
-    if choices and value not in choices:
-        raise UserError(f"{where}: '{field.name}' is {value!r}; use one of {', '.join(choices)}")
+    takes = f"takes {wanted}, got {type(value).__name__} ({value!r})"
+    fits = type(value) is kind and (field.type not in LIMITS or low <= value < high)
+    require(fits, f"{where}: '{field.name}' {takes}; write for example {field.default!r}")
+    fits = not choices or value in choices
+    require(fits, f"{where}: '{field.name}' is {value!r}; use one of {', '.join(choices)}")
     return value
 
 

@@ -28,7 +28,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from configurator import UserError
+from configurator import UserError, explain, require
 from model import find_model, read_json
 
 # GPT-2's split of text into words, which ByteLevel tokenizers share: a word takes the one space before it
@@ -48,7 +48,8 @@ class Tokenizer:
     def __init__(self, path):
         self.path = path
         spec = read_json(path)
-        try:
+        wrong = (KeyError, TypeError, ValueError, AttributeError)
+        with explain(f"{path}: not a byte-level BPE tokenizer like Pythia's", UserError, *wrong):
             self._check(spec)
             vocab, added = spec["model"]["vocab"], spec["added_tokens"]
             special = {token["content"]: token["id"] for token in added if token["special"]}
@@ -60,8 +61,6 @@ class Tokenizer:
             runs = "|".join(re.escape(run) for run in sorted(self._runs, key=len, reverse=True))
             self._cut, self.eos_id = re.compile(f"({runs})" if runs else "(?!)"), special[EOS]
             self.n_vocab = max(*self._bytes, *special.values()) + 1
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: not a byte-level BPE tokenizer like Pythia's ({error!r})") from None
         self.pad_id = self.n_vocab
 
     @classmethod
@@ -77,16 +76,13 @@ class Tokenizer:
         model, pre = spec["model"], spec["pre_tokenizer"]
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         order = [model["vocab"]["".join(merge)] for merge in merges]
-        supported = {
-            "model.type": model["type"] == "BPE" and not model.get("byte_fallback") and not model.get("ignore_merges"),
-            "normalizer": spec["normalizer"]["type"] == "NFC",
-            "pre_tokenizer": pre["type"] == "ByteLevel" and not pre["add_prefix_space"] and pre.get("use_regex", True),
-            "merges (not in the order of their ids)": order == sorted(order),
-            "added_tokens": not any(t["single_word"] or t["lstrip"] or t["rstrip"] for t in spec["added_tokens"]),
-        }
-        for what, fits in supported.items():
-            if not fits:
-                raise ValueError(f"unsupported {what}")
+        plain = model["type"] == "BPE" and not model.get("byte_fallback") and not model.get("ignore_merges")
+        splits = pre["type"] == "ByteLevel" and not pre["add_prefix_space"] and pre.get("use_regex", True)
+        strips = any(t["single_word"] or t["lstrip"] or t["rstrip"] for t in spec["added_tokens"])
+        require(plain and splits, "unsupported model or pre_tokenizer")
+        require(spec["normalizer"]["type"] == "NFC", "unsupported normalizer")
+        require(order == sorted(order), "its merges are not in the order of their ids")
+        require(not strips, "unsupported added_tokens")
 
     def encode(self, text):
         """Token ids of `text`. A post that quotes <|endoftext|> must not end the query: there it is ordinary text."""
@@ -133,8 +129,7 @@ def format_query(row, tokenizer, max_tokens=512):
     too_long = places[first_bad] if first_bad < len(places) else len(text)
     end = len(text)
     while len(ids) > max_tokens:
-        if end == 0:
-            raise UserError(f"the query has {len(ids)} tokens without its text, more than {max_tokens}; drop the row")
+        require(end, f"the query has {len(ids)} tokens without its text, more than {max_tokens}; drop the row")
         newline = text.rfind("\n", 0, end)
         end = newline if newline >= 0 else end - 1
         if end < too_long:
@@ -144,8 +139,7 @@ def format_query(row, tokenizer, max_tokens=512):
 
 def text_of(row, key):
     value = row.get(key)
-    if not isinstance(value, str):
-        raise UserError(f"'{key}' is {value!r}, not a text; correct or drop the row")
+    require(isinstance(value, str), f"'{key}' is {value!r}, not a text; correct or drop the row")
     return value
 
 
@@ -153,8 +147,8 @@ def chat_text(value):
     """A text as it is; a chat, a list of {role, content}, as "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
     if isinstance(value, str):
         return value
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        raise UserError(f"{value!r} is neither a text nor a list of {{role, content}}; correct or drop the row")
+    chat = isinstance(value, list) and all(isinstance(turn, dict) for turn in value)
+    require(chat, f"{value!r} is neither a text nor a list of {{role, content}}; correct or drop the row")
     turns = [(text_of(turn, "role"), text_of(turn, "content")) for turn in value]
     return "".join(f"\n\n{'Human' if role == 'user' else role.capitalize()}: {content}" for role, content in turns)
 
@@ -174,13 +168,13 @@ def split_prompt(row, keys):
 def parse_row(row, tokenizer, max_query_tokens):
     """One row of any schema -> query ids, responses (the best first, each ends with EOS), and where it came from."""
     target = 1.0 if row.get("target") is None else row["target"]
-    if not isinstance(target, (int, float)) or not 0 <= target <= 1:
-        raise UserError(f"target {target!r}; it is the probability that the first response is the better one")
+    fits = isinstance(target, (int, float)) and 0 <= target <= 1
+    require(fits, f"target {target!r}; it is the probability that the first response is the better one")
     meta = dict(batch=str(row.get("batch") or ""), confidence=0, policies="", target=max(target, 1 - target))
     if "summaries" in row:
         choice, pair = row["choice"], row["summaries"]
-        if choice not in (0, 1) or len(pair) != 2:
-            raise UserError(f"choice {choice!r} of {len(pair)} summaries; it must be 0 or 1, of two")
+        fits = choice in (0, 1) and len(pair) == 2
+        require(fits, f"choice {choice!r} of {len(pair)} summaries; it must be 0 or 1, of two")
         texts, source = [text_of(pair[which], "text") for which in (choice, 1 - choice)], row["info"]
         meta["confidence"] = int((row.get("extra") or {}).get("confidence") or 0)
         meta["policies"] = " / ".join(sorted(str(summary.get("policy") or "?") for summary in pair))
@@ -189,6 +183,8 @@ def parse_row(row, tokenizer, max_query_tokens):
         keys = [key for key in ("chosen", "rejected", "completion") if row.get(key) is not None]
         source, texts = split_prompt({**row, **ranked}, list(ranked) or keys)
     else:
+        known = row.get("post") is not None or row.get("article") is not None
+        require(known, f"its columns {', '.join(row)} fit no schema; see the top of data.py")
         # references come without the space that the text after "TL;DR:" begins with (detail 3)
         source, texts = row, [" " + text_of(row, "summary").lstrip(" ")] if "summary" in row else []
     if isinstance(source, dict):
@@ -201,9 +197,6 @@ def parse_row(row, tokenizer, max_query_tokens):
 
 
 # ---------------------------------------------------------------------------- data sets
-
-SCHEMAS = ["info summaries choice", "chosen rejected", "prompt", "subreddit title post", "article"]
-
 
 def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_tokens=512, drop_long=False,
               ranked=False):  # fmt: skip
@@ -218,22 +211,18 @@ def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_t
     """
     raw = read_split(source, split)
     name = f"{source} [{split}]"
-    if len(raw) == 0:
-        raise UserError(f"{name}: no rows; give a split that has some")
-    if not any(set(schema.split()) <= set(raw.column_names) for schema in SCHEMAS):
-        raise UserError(f"{name}: columns {', '.join(raw.column_names)} fit no known schema ({'; '.join(SCHEMAS)})")
+    require(len(raw), f"{name}: no rows; give a split that has some")
 
     def tokenise(row, index):
-        try:
+        with explain(f"{name}: row {index}", UserError, LookupError, TypeError, ValueError, AttributeError):
             used = {key: value for key, value in row.items() if n_responses or key != "summary"}
             parsed = parse_row(used, tokenizer, max_query_tokens)
-            parsed["responses"] = parsed["responses"][: None if ranked else n_responses]
-            if not parsed["query"] or len(parsed["responses"]) < n_responses:
-                found = f"{len(parsed['query'])} query tokens and {len(parsed['responses'])} responses"
-                raise UserError(f"{found}, but a query and {n_responses} are needed; correct or drop the row")
-            return {**parsed, "length": len(parsed["query"]) + max(map(len, parsed["responses"]), default=0)}
-        except UserError as error:
-            raise UserError(f"{name}: row {index}: {error}") from None
+            query, responses = parsed["query"], parsed["responses"][: None if ranked else n_responses]
+            found = f"{len(query)} query tokens and {len(responses)} responses"
+            fits = query and len(responses) >= n_responses
+            require(fits, f"{found}, but a query and {n_responses} are needed; correct or drop the row")
+            longest = max(map(len, responses), default=0)
+            return {**parsed, "responses": responses, "length": len(query) + longest}
 
     # the code is part of the key: a changed format must not read an old cache
     key = repr((raw._fingerprint, max_query_tokens, n_responses, ranked))
@@ -243,10 +232,10 @@ def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_t
     rows = raw.map(tokenise, with_indices=True, remove_columns=raw.column_names, new_fingerprint=fingerprint)
     lengths = np.asarray(rows["length"])
     long = np.flatnonzero(lengths > (max_length or np.inf))
-    if len(long) and (not drop_long or len(long) == len(rows)):
-        most = f"row {long[0]} has {lengths[long[0]]} tokens, more than max_length {max_length}"
-        mend = "raise max_length, or leave them out with --drop_long"
-        raise UserError(f"{name}: {most} ({len(long)} such rows of {len(rows)}); {mend}")
+    if len(long):
+        first = f"row {long[0]} has {lengths[long[0]]} tokens, more than max_length {max_length}"
+        which = f"{name}: {first} ({len(long)} such rows of {len(rows)})"
+        require(drop_long and len(long) < len(rows), f"{which}; raise max_length, or leave them out with --drop_long")
     return rows.select(np.flatnonzero(lengths <= max_length)) if len(long) else rows
 
 
@@ -259,11 +248,8 @@ def read_split(source, split):
     path = source.replace("{split}", name)
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(path).suffix)
     files = {"data_files": {name: path}} if kind else {}
-    try:
+    with explain(f"{path} [{split}]: cannot be loaded; check path, split and file", Exception):
         return datasets.load_dataset(kind or path, split=split, **files)
-    except Exception as error:
-        reason = str(error.__cause__ or error).strip().split("\n")[0]
-        raise UserError(f"{path} [{split}]: cannot be loaded ({reason}); check path, split and file") from None
 
 
 # ---------------------------------------------------------------------------- batches
@@ -330,7 +316,7 @@ def accuracy_table(rows, margins):
     frame = pandas.DataFrame({**columns, "right": margins > 0, "sure": 1 / (1 + np.exp(-np.abs(margins)))})
     frame, table = frame[np.asarray(rows["target"]) != 0.5], {}
     for title in columns:
-        for group, part in frame[frame[title] != ""].groupby(title):
-            row = dict(accuracy=float(part["right"].mean()), expected=float(part["sure"].mean()), n=len(part))
-            table[f"{title} {group}".strip()] = row
+        rows = frame[frame[title] != ""].groupby(title)
+        rows = rows.agg(accuracy=("right", "mean"), expected=("sure", "mean"), n=("right", "size")).to_dict("index")
+        table |= {f"{title} {group}".strip(): row for group, row in rows.items()}
     return table

@@ -11,13 +11,12 @@ Shapes: B pairs in a micro-batch, R response tokens.
 """
 
 from dataclasses import dataclass
-from math import log
 
 import torch
 import torch.nn.functional as F
 
 import runtime
-from configurator import Positive, Share, UserError, configure
+from configurator import Positive, Share, configure, require
 from data import accuracy_table, collate
 from model import GPTNeoX, token_logprobs
 
@@ -29,11 +28,8 @@ class Config(runtime.TrainConfig):
     data: str = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"  # hub id, directory or file with {split}
     beta: Positive = 0.05  # strength of the pull towards the reference
     loss_type: str = "sigmoid"  # one of those that dpo_loss lists
-    label_smoothing: Share = 0.0  # probability that a label is wrong: sigmoid, robust and exo_pair
+    label_smoothing: Share = 0.0  # probability that a label is wrong, for sigmoid and robust
     sft_coef: float = 0.0  # weight of an added SFT loss, per token of the chosen responses
-
-
-SMOOTHED = ("sigmoid", "robust", "exo_pair")
 
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, loss_type="sigmoid",
@@ -49,21 +45,15 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, los
     losses = {
         "sigmoid": lambda: -(1 - e) * ls(b * D) - e * ls(-b * D),  # arXiv:2305.18290 eq. 7; with e: cDPO
         "robust": lambda: (-(1 - e) * ls(b * D) + e * ls(-b * D)) / (1 - 2 * e),  # arXiv:2403.00409
-        "exo_pair": lambda: s(b * D) * (ls(b * D) - log(1 - e)) + s(-b * D) * (ls(-b * D) - log(e)),  # arXiv:2402.00856
         "hinge": lambda: F.relu(1 - b * D),  # arXiv:2309.06657, hinge-norm
         "ipo": lambda: (D - 1 / (2 * b)) ** 2,  # arXiv:2310.12036 eq. 17
         "ipo_norm": lambda: (c / lengths[:, 0] - r / lengths[:, 1] - 1 / (2 * b)) ** 2,
-        "nca_pair": lambda: -ls(b * c) - 0.5 * ls(-b * c) - 0.5 * ls(-b * r),  # arXiv:2402.05369
         "bco_pair": lambda: -ls(b * c) - ls(-b * r),  # arXiv:2404.04656, without its moving shift
-        "sppo_hard": lambda: (c - 0.5 / b) ** 2 + (r + 0.5 / b) ** 2,  # arXiv:2405.00675
         "apo_zero": lambda: 1 - s(b * c) + s(b * r),  # arXiv:2408.06266
-        "apo_down": lambda: s(b * c) + 1 - s(b * D),
-        "discopop": lambda: torch.lerp(-ls(b * D), (-b * D).clamp(max=80).exp(), s(b * D / 0.05)),  # arXiv:2406.08414
     }
-    if loss_type not in losses:
-        raise UserError(f"loss_type {loss_type!r} is not known; use one of {', '.join(losses)}")
-    if not 0 <= e < 0.5 or (e > 0 and loss_type not in SMOOTHED) or (e == 0 and loss_type == "exo_pair"):
-        raise UserError(f"label_smoothing {e} does not fit loss_type {loss_type!r}; {SMOOTHED} take one below 0.5")
+    require(loss_type in losses, f"loss_type {loss_type!r} is not known; use one of {', '.join(losses)}")
+    fits = e == 0 or (e < 0.5 and loss_type in ("sigmoid", "robust"))
+    require(fits, f"label_smoothing {e} does not fit loss_type {loss_type!r}; sigmoid and robust take one below 0.5")
     return losses[loss_type](), beta * c, beta * r
 
 
@@ -107,8 +97,8 @@ def update(run, cfg, model, rows, ref_logprobs):
 def main(cfg):
     dpo_loss(*torch.zeros(4, 1), cfg.beta, cfg.loss_type, cfg.label_smoothing, torch.ones(1, 2))  # refuses wrong ones
     run = runtime.start(cfg, n_responses=2)
-    if min(run.rows["target"]) < 1:
-        raise UserError(f"{cfg.data}: has soft labels (column target), which DPO does not use; use label_smoothing")
+    soft = min(run.rows["target"]) < 1
+    require(not soft, f"{cfg.data}: has soft labels (column target), which DPO does not use; use label_smoothing")
     reference = runtime.load_model(run, GPTNeoX, cfg.reference or cfg.model)
     ref_logprobs = predict(run, cfg, reference, run.rows)  # (n, 2)
     ref_held_out = predict(run, cfg, reference, run.held_out) if run.held_out else None

@@ -17,6 +17,7 @@ import math
 import os
 import re
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
 
-from configurator import Count, UserError, check
+from configurator import Count, UserError, check, explain, require
 
 # Masks and rotary tables that old Pythia files carry along; they hold nothing that was learned.
 BUFFERS = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
@@ -57,9 +58,9 @@ class GPTNeoXConfig:
     def __post_init__(self):
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
         self.rotary_dims = int(self.hidden_size // self.num_attention_heads * self.rotary_pct)
-        if self.hidden_size % self.num_attention_heads or self.rotary_dims % 2:
-            heads = f"hidden_size {self.hidden_size} must divide into num_attention_heads {self.num_attention_heads}"
-            raise UserError(f"model config: {heads}, and rotary_pct {self.rotary_pct} of a head must be an even width")
+        fits = self.hidden_size % self.num_attention_heads == 0 and self.rotary_dims % 2 == 0
+        heads = f"hidden_size {self.hidden_size} must divide into num_attention_heads {self.num_attention_heads}"
+        require(fits, f"model config: {heads}, and rotary_pct {self.rotary_pct} of a head must be an even width")
 
     @classmethod
     def from_directory(cls, directory):
@@ -67,18 +68,16 @@ class GPTNeoXConfig:
         path = os.path.join(directory, "config.json")
         values = read_json(path)
         for name, value in FIXED.items():
-            if values.get(name, value) != value:
-                raise UserError(f"{path}: {name} = {values[name]!r} is not supported, only {value!r}")
+            found = values.get(name, value)
+            require(found == value, f"{path}: {name} = {found!r} is not supported, only {value!r}")
         # transformers 5 writes the rotary fields under other names
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise UserError(f"{path}: rope scaling {rope!r} is not supported; use a model without it")
+        plain = isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) == "default"
+        require(plain, f"{path}: rope scaling {rope!r} is not supported; use a model without it")
         renamed = dict(partial_rotary_factor="rotary_pct", rope_theta="rotary_emb_base")
         values |= {renamed[name]: value for name, value in rope.items() if name in renamed}
-        try:
+        with explain(path, UserError):
             return cls(**{f.name: check(f, values[f.name]) for f in fields(cls) if values.get(f.name) is not None})
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
 
 
 # ---------------------------------------------------------------------------- the network
@@ -176,8 +175,7 @@ class Body(nn.Module):
 
     def forward(self, ids, select=None, cache=None):
         length, limit = ids.shape[1] if cache is None else cache.capacity, self.config.max_position_embeddings
-        if length > limit:
-            raise UserError(f"a sequence of {length} tokens is longer than the model's {limit}; shorten the rows")
+        require(length <= limit, f"a sequence of {length} tokens is longer than the model's {limit}; shorten the rows")
         h = self.embed_in(ids)
         if cache is not None and cache.end > 0:
             positions = (cache.query_lens + cache.end - cache.width)[:, None, None]  # (B, 1, T = 1)
@@ -327,11 +325,8 @@ def find_model(source, revision="main", patterns=("*.json", "*.safetensors")):
     """A directory as it is; anything else is a hub id, whose files that fit `patterns` are fetched."""
     if os.path.isdir(source):
         return source
-    try:
+    with explain(f"model {source!r}: neither a directory nor to be had from the hub", Exception):
         return snapshot_download(source, revision=revision, allow_patterns=list(patterns))
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"model {source!r}: neither a directory nor to be had from the hub ({reason})") from None
 
 
 def weight_files(directory):
@@ -339,18 +334,16 @@ def weight_files(directory):
     index = os.path.join(directory, "model.safetensors.index.json")
     if os.path.exists(index):
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-            raise UserError(f"{index}: has no weight_map from tensor to file name; download it again")
+        fits = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
+        require(fits, f"{index}: has no weight_map from tensor to file name; download it again")
         return {name: os.path.join(directory, os.path.basename(file)) for name, file in weight_map.items()}
     single = os.path.join(directory, "model.safetensors")
     return dict.fromkeys(open_weights(single).keys(), single)
 
 
 def open_weights(path):
-    try:
+    with explain(f"{path}: cannot be read as safetensors; check the path or copy it again", OSError, SafetensorError):
         return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({error}); check the path or copy it again") from None
 
 
 @torch.no_grad()
@@ -364,22 +357,18 @@ def load_weights(model, directory, new_head=False):
     state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(part)}
     found = {name for name in files if not BUFFERS.fullmatch(name)}
     for problem, names in (("missing", state.keys() - found), ("unexpected", found - state.keys())):
-        if names:
-            some = f"{', '.join(sorted(names)[:4])} ({len(names)} in all)"
-            raise UserError(f"{directory}: {problem} {some}, for a {model.architecture}; is it another model?")
+        some = f"{', '.join(sorted(names)[:4])} ({len(names)} in all)"
+        require(not names, f"{directory}: {problem} {some}, for a {model.architecture}; is it another model?")
     handles = {path: open_weights(path) for path in set(files.values())}
     for name, tensor in state.items():
         path = files[name]
-        try:
+        with explain(f"{path}: has no tensor {name}; the index does not fit its files", SafetensorError):
             stored = handles[path].get_slice(name)
             shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
-        except SafetensorError as error:
-            raise UserError(f"{path}: has no tensor {name} ({error}); the index does not fit its files") from None
-        if shape != tuple(tensor.shape) or dtype not in ("F16", "BF16", "F32"):
-            wanted = f"floats of shape {tuple(tensor.shape)}"
-            raise UserError(f"{path}: {name} is {dtype} of shape {shape}, but config.json asks for {wanted}")
-        if not copy_rows(tensor, stored).isfinite().all():
-            raise UserError(f"{path}: {name} has values that are not finite; copy the file again")
+        fits, wanted = shape == tensor.shape and dtype in ("F16", "BF16", "F32"), tuple(tensor.shape)
+        require(fits, f"{path}: {name} is {dtype} of shape {shape}, but config.json asks for floats of shape {wanted}")
+        finite = copy_rows(tensor, stored).isfinite().all()
+        require(finite, f"{path}: {name} has values that are not finite; copy the file again")
 
 
 def copy_rows(tensor, source):
@@ -399,19 +388,15 @@ def full(tensor):
 
 def read_json(path):
     """Read a JSON object; raises UserError if `path` is missing or holds something else."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); check the path or copy the file again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds a {type(values).__name__}, not a JSON object; copy the file again")
+    wrong = (OSError, ValueError, RecursionError)
+    with explain(f"{path}: cannot be read as JSON; check the path or copy the file again", *wrong):
+        values = json.loads(Path(path).read_bytes())
+    require(isinstance(values, dict), f"{path}: holds a {type(values).__name__}, not a JSON object; copy it again")
     return values
 
 
 def write_json(path, values):
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(values, indent=2) + "\n")
+    Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------- probabilities and generation
@@ -457,8 +442,8 @@ def generate(model, queries, query_lens, max_new_tokens, temperature, uniforms=N
     all_done:        a function of done (B,) that ends the loop, if not every row alone is to decide it.
     """
     width = int(query_lens.max())
-    if temperature < 0 or (temperature > 0 and uniforms is None) or int(query_lens.min()) < 1:
-        raise UserError("generate: temperature must not be negative; sampling needs uniforms; no query may be empty")
+    fits = temperature >= 0 and (temperature == 0 or uniforms is not None) and int(query_lens.min()) > 0
+    require(fits, "generate: temperature must not be negative; sampling needs uniforms; no query may be empty")
     is_query = torch.arange(width, device=queries.device) < query_lens[:, None]  # (B, width)
     queries = queries[:, :width].where(is_query, 0)  # a pad id need not be an id of the model
     responses = queries.new_full((len(queries), max_new_tokens), eos_id or 0)

@@ -30,12 +30,7 @@ With the defaults this is the reference step of arXiv:2403.17031. Beyond it, eac
     entropy_coef                 entropy bonus                                                 arXiv:1707.06347 eq. 9
     ptx_coef, ptx_data           SFT loss mixed in (PPO-ptx)                                   arXiv:2203.02155 eq. 2
     max_grad_norm                clip the gradient's norm                                      arXiv:2307.04964
-    kl_delta                     clip where an estimate of KL is large (after TR-PPO)          arXiv:1903.07940
-    rollback                     slope outside the limit (PPO-RB; with kl_delta TR-PPO-RB)     arXiv:1903.07940
-    target_kl                    stop learning from a batch that has moved the policy too far  Spinning Up
-    reference_mix                the reference follows the policy (EMA)                        arXiv:2404.10719
     reward_model=a,b             the mean of an ensemble                                       arXiv:1706.03741
-    diagnostics                  perplexities, k2 and k3 in the metrics                        arXiv:2307.04964
 
 differs from the reference step of arXiv:2403.17031:
 - Log-probabilities are recomputed by the forward pass that trains (the softmax in float32), not taken from generation.
@@ -43,10 +38,6 @@ differs from the reference step of arXiv:2403.17031:
   processes: the result depends on neither.
 - Metrics leave out padding. `val/ratio` is that of the first minibatch, where it must be 1.
 differs from the sources of the options:
-- kl_delta looks at an estimate of a token's KL (k3), not at the sum over the vocabulary. One sample's k3 depends on the
-  ratio alone, so this is a clip with other, uneven bounds: 0.79 and 1.24 for 0.025.
-- target_kl looks at the mean of (log ratio)^2 / 2 (k2), which unlike Spinning Up's mean log ratio cannot be negative.
-  After it the critic learns on.
 - Nothing behind truncate_token counts; arXiv:1909.08593 trains the policy on that as well.
 - Scores are normalised after a missing EOS has had its score; the reported objective/scores stay as they were.
 """
@@ -59,7 +50,7 @@ import torch
 import torch.nn.functional as F
 
 import runtime
-from configurator import Count, Positive, Signed, UserError, configure
+from configurator import Count, Positive, Signed, configure, require
 from data import batch_rows, collate, last_scalars, uniforms
 from model import GPTNeoX, ScalarModel, token_logprobs
 
@@ -89,7 +80,6 @@ class Config(runtime.TrainConfig):
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # of the KL in the reward
     kl_target: float = 0.0  # adapt kl_coef, which must not be 0, towards this KL per sequence; 0: keep it fixed
     kl_horizon: Count = 10_000  # episodes over which it adapts
-    reference_mix: float = 0.0  # share of the policy that the reference takes over after each update
     reward_norm: Literal["none", "scale", "normalize"] = "none"  # scores / std of all so far; minus their mean too
     reward_clip: float = 0.0  # then keep scores within -+ this; 0: any
     whiten_rewards: bool = False  # scale rewards to variance 1 (detail 24)
@@ -98,9 +88,6 @@ class Config(runtime.TrainConfig):
     gamma: float = 1.0  # discount
     lam: float = 0.95  # GAE's lambda
     cliprange: float = 0.2  # of the policy's ratio
-    kl_delta: float = 0.0  # clip where a token's KL, as estimated by k3, is larger (TR-PPO: 0.025); 0: by cliprange
-    rollback: float = 0.0  # slope of the way back from outside (PPO-RB: 0.3, TR-PPO-RB: 0.05); 0: flat
-    target_kl: float = 0.0  # the policy stops learning from a batch at 1.5 times this approxkl; 0: it never does
     cliprange_value: float = 0.2  # of the critic's change
     vf_coef: float = 0.1  # weight of the value loss
     critic_lr: float = 0.0  # the critic's learning rate; 0: the same
@@ -108,7 +95,6 @@ class Config(runtime.TrainConfig):
     entropy_coef: float = 0.0  # weight of an entropy bonus
     ptx_coef: float = 0.0  # weight of an SFT loss on as many rows (PPO-ptx, arXiv:2203.02155)
     ptx_data: str = ""  # its rows, longer than queries by response_length at most: as data; empty: data
-    diagnostics: bool = False  # log perplexities and other estimates of KL too
     samples_every: int = 10  # updates between rows in samples.jsonl; 0: none
 
 
@@ -185,22 +171,12 @@ def whiten(x, mask, shift_mean=True):
     return (whitened if shift_mean else whitened + mean) * mask
 
 
-def policy_loss(new_logprobs, logprobs, advantages, cliprange, kl_delta=0.0, rollback=0.0):
-    """Clipped surrogate, negated: (B, R). (PPO-Clip: arXiv:1707.06347 eq. 7)
-
-    kl_delta: in place of cliprange, clip where k3's estimate of KL(old, new) reaches it and the objective has improved
-    (after TR-PPO). rollback: outside the limit the objective falls with this slope instead of staying flat (PPO-RB,
-    TR-PPO-RB). (arXiv:1903.07940)
-    """
+def policy_loss(new_logprobs, logprobs, advantages, cliprange):
+    """PPO-Clip's surrogate, negated: (B, R). (arXiv:1707.06347 eq. 7)"""
     ratio = torch.exp(new_logprobs - logprobs)
-    gain = advantages * ratio
-    if kl_delta:
-        far = (kl_estimate(logprobs - new_logprobs, "k3") >= kl_delta) & (gain > advantages)
-        return -(advantages - rollback * (gain - gain.detach())).where(far, gain)
-    clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
-    if rollback:
-        clipped = clipped - rollback * (ratio - clipped)
-    return torch.maximum(-gain, -advantages * clipped)
+    pg_loss = -advantages * ratio
+    pg_loss_clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    return torch.maximum(pg_loss, pg_loss_clipped)
 
 
 def value_loss(new_values, values, returns, cliprange_value):
@@ -232,15 +208,6 @@ class AdaptiveKLController:
 
 
 # ---------------------------------------------------------------------------- the rollout
-
-
-def function_scores(function, tokenizer, device, queries, responses):
-    """Scores (B,) by a Python function of two lists of texts that returns a list of floats."""
-    texts = ([tokenizer.decode(ids) for ids in rows] for rows in (queries, responses))
-    scores = [float(score) for score in function(*texts)]
-    if len(scores) != len(responses):
-        raise UserError(f"the score function gave {len(scores)} scores for {len(responses)} responses; return one each")
-    return torch.tensor(scores, device=device)
 
 
 def entropy(logits, temperature, n_vocab):
@@ -284,7 +251,11 @@ def rollout(run, cfg, policy, reference, critic, score, queries, step):
         ended = [row + added for row in cut(batch, index)]
         return columns | {"scores": score([queries[i] for i in index], ended)}
 
-    return run.map_rows(measure, batch["length"].tolist(), size) | batch
+    measured = run.map_rows(measure, batch["length"].tolist(), size)
+    for name, x in measured.items():
+        bad = run.batch()[(~x.isfinite()).view(len(x), -1).any(1).cpu().numpy()].tolist()
+        require(not bad, f"step {step}: {name} of rows {bad} are not finite; look at those rows, or lower lr")
+    return measured | batch
 
 
 def prepare(cfg, batch, kl_coef, state=None):
@@ -316,6 +287,8 @@ def rollout_metrics(cfg, batch, kl_coef):
     penalty = kl_coef * kl[cfg.kl_estimator]
     metrics = {
         "objective/kl": kl["k1"],
+        "objective/kl_k2": kl["k2"],
+        "objective/kl_k3": kl["k3"],
         "objective/kl_coef": kl_coef,
         "objective/entropy": -(batch["logprobs"] * mask).sum(1).mean().item(),
         "objective/non_score_reward": -penalty,
@@ -327,10 +300,8 @@ def rollout_metrics(cfg, batch, kl_coef):
         "val/response_length": tokens / len(mask),
         "val/generation_gap": ((batch["sampled_logprobs"] - batch["logprobs"]).abs() * mask).sum().item() / tokens,
     }
-    if cfg.diagnostics:
-        metrics |= {"objective/kl_k2": kl["k2"], "objective/kl_k3": kl["k3"]}
-        for name, column in (("val/perplexity", "logprobs"), ("val/ref_perplexity", "ref_logprobs")):
-            metrics[name] = ((batch[column] * mask).sum() / -tokens).exp().item()
+    for name, column in (("val/perplexity", "logprobs"), ("val/ref_perplexity", "ref_logprobs")):
+        metrics[name] = ((batch[column] * mask).sum() / -tokens).exp().item()
     return metrics
 
 
@@ -345,7 +316,7 @@ def ppo_loss(cfg, new_logprobs, new_values, micro, n_actions, n_values, new_entr
     actions, values = micro["mask"] / n_actions, micro["mask_p1"] / n_values  # weights (B, R), 0 where nothing counts
     logprobs, advantages, returns = micro["logprobs"], micro["advantages"], micro["returns"]
     new_logprobs = new_logprobs.where(micro["mask"], logprobs)  # what stands behind EOS must not overflow exp
-    pg_loss = policy_loss(new_logprobs, logprobs, advantages, cfg.cliprange, cfg.kl_delta, cfg.rollback)
+    pg_loss = policy_loss(new_logprobs, logprobs, advantages, cfg.cliprange)
     vf_loss = value_loss(new_values, micro["values"], returns, cfg.cliprange_value)
     loss = (pg_loss * actions).sum() + cfg.vf_coef * (vf_loss * values).sum()
     if cfg.entropy_coef:
@@ -389,8 +360,7 @@ def ppo_update(run, cfg, policy, critic, queries, batch, ptx_rows=None):
         order = np.random.default_rng((cfg.seed, run.step, epoch)).permutation(len(queries))
         for number, minibatch in enumerate(np.split(order, cfg.n_minibatches)):
             n_actions, n_values = batch["mask"][minibatch].sum(), batch["mask_p1"][minibatch].sum()
-            micro_batches = run.share(batch["length"][minibatch].tolist(), cfg.micro_batch_size)
-            for index in micro_batches:
+            for index in run.share(batch["length"][minibatch].tolist(), cfg.micro_batch_size):
                 rows = minibatch[index]
                 with torch.set_grad_enabled(learns):
                     ids, select, new_logprobs, spread = forward(run, cfg, policy, queries, batch, rows, bonus)
@@ -400,10 +370,6 @@ def ppo_update(run, cfg, policy, critic, queries, batch, ptx_rows=None):
                 # before any step of this update the ratio must be 1, or rollout and update disagree
                 ratio = stats["val/ratio_avg"] * (epoch == number == 0)
                 parts.append({"val/ratio": ratio} | {name: value / n_steps for name, value in stats.items()})
-            approxkl = run.sum(parts[-len(micro_batches) :])["policy/approxkl_avg"] * n_steps if cfg.target_kl else 0.0
-            if learns and approxkl > 1.5 * cfg.target_kl:
-                learns = False
-                policy.zero_grad()
             if ptx_rows and learns:
                 metrics = ptx_update(run, cfg, policy, ptx_rows.select(minibatch))
             metrics |= runtime.optimizer_step(run)
@@ -417,14 +383,6 @@ def write_samples(run, queries, batch, n=4):
     runtime.write_jsonl(run.out_dir / "samples.jsonl", rows, "a")
 
 
-def check_limits(run, cfg):
-    """Refuse what would leave the policy untrained, or every response without an end."""
-    limits = dict(critic_steps=run.total, truncate_token=run.tokenizer.n_vocab, truncate_after=cfg.response_length)
-    for name, limit in limits.items():
-        if getattr(cfg, name) >= limit:
-            raise UserError(f"{name} is {getattr(cfg, name)}, but must be below {limit} in this run; lower it")
-
-
 @runtime.stage
 def main(cfg, score=None):
     """score: a function of (query texts, response texts) -> list of floats that replaces the reward model.
@@ -432,29 +390,33 @@ def main(cfg, score=None):
     As with a reward model, a response without EOS scores missing_eos_score instead.
     """
     run = runtime.start(cfg, n_responses=0, n_minibatches=cfg.n_minibatches)
-    check_limits(run, cfg)
+    # beyond these the policy would never learn, or no response ever end
+    limits = dict(critic_steps=run.total, truncate_token=run.tokenizer.n_vocab, truncate_after=cfg.response_length)
+    for name, limit in limits.items():
+        require(getattr(cfg, name) < limit, f"{name} must be below {limit} in this run; lower it")
     policy = runtime.load_model(run, GPTNeoX, cfg.model, trainable=True)
-    # a reference that moves is float32, or small steps would be lost
-    reference = runtime.load_model(run, GPTNeoX, cfg.reference or cfg.model, cfg.reference_mix > 0)
+    reference = runtime.load_model(run, GPTNeoX, cfg.reference or cfg.model)
     sources = cfg.reward_model.split(",") if score is None else []
     reward_models = [runtime.load_model(run, ScalarModel, source) for source in sources]
 
     def scorer(queries, responses):
         if score is None:
             return last_scalars(reward_models, run.device, queries, responses)
-        return function_scores(score, run.tokenizer, run.device, queries, responses)
+        texts = ([run.tokenizer.decode(ids) for ids in rows] for rows in (queries, responses))
+        scores = [float(x) for x in score(*texts)]
+        found = f"{len(scores)} scores for {len(responses)} responses"
+        require(len(scores) == len(responses), f"the score function gave {found}; return one each")
+        return torch.tensor(scores, device=run.device)
 
     head = cfg.critic or (sources[0] if sources else "")
     critic = runtime.load_model(run, ScalarModel, head or cfg.model, True, random=None if head else "score")
     longest = cfg.max_length and cfg.max_length + cfg.response_length
     ptx = cfg.ptx_coef and run.load(cfg.ptx_data or cfg.data, cfg.train_split, n_responses=1, max_length=longest)
-    models = {"policy": policy, "critic": critic}
-    models |= {"reference": reference.requires_grad_(False)} if cfg.reference_mix else {}
     kl_control = FixedKLController(cfg.kl_coef)
     if cfg.kl_target:
         kl_control = AdaptiveKLController(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     state = {"kl_coef": cfg.kl_coef, "moments": (0, 0.0, 0.0)}
-    for step in run.train(models, state, lrs={"critic": cfg.critic_lr}):
+    for step in run.train({"policy": policy, "critic": critic}, state, lrs={"critic": cfg.critic_lr}):
         kl_control.value = state["kl_coef"]
         queries = run.rows[run.batch()]["query"]
         batch = rollout(run, cfg, policy, reference, critic, scorer, queries, step)
@@ -464,8 +426,6 @@ def main(cfg, score=None):
         metrics |= ppo_update(run, cfg, policy, critic, queries, batch, ptx_rows)
         kl_control.update(metrics["objective/kl"], cfg.batch_size)
         state["kl_coef"] = kl_control.value
-        if cfg.reference_mix:
-            runtime.mix(reference, policy, cfg.reference_mix)
         run.log(metrics, watch=("objective/scores", "objective/kl", "val/eos_rate"))
         if run.is_main and cfg.samples_every and step % cfg.samples_every == 0:
             write_samples(run, queries, batch)

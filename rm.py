@@ -8,15 +8,14 @@ SFT references is subtracted from the head's bias (detail 15): a pairwise loss g
 rounding), and the critic that starts from this model inherits it. Writes out_dir/final and out_dir/eval.json.
 
 A row may rank more than two responses (arXiv:2203.02155: all its pairs make one element of the loss), or carry the
-probability that its first response is the better one. An ensemble is several runs with --bootstrap --normalize_std
-and other seeds; ppo.py and sample.py average the models that are given as --reward_model=a,b,c.
+probability that its first response is the better one. An ensemble is several runs with --normalize_std and other
+seeds; ppo.py and sample.py average the models that are given as --reward_model=a,b,c.
 
 Shapes: B rows in a micro-batch, K responses per row (2 for pairs), the best first; T tokens.
 """
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -35,7 +34,6 @@ class Config(runtime.TrainConfig):
     normalize_std: bool = False  # and deviation 1, before training and after (arXiv:1909.08593); needs normalize_data
     target_clamp: float = 0.5  # keep target probabilities within 0.5 -+ this (arXiv:2212.08073: 0.1); 0.5: as they are
     label_noise: Share = 0.0  # share of labels that are the toss of a coin (arXiv:1706.03741: 0.1)
-    bootstrap: bool = False  # train on as many rows drawn with replacement: a member of an ensemble
 
 
 def preference_loss(chosen, rejected, target=1.0, noise=0.0):
@@ -129,8 +127,6 @@ def eos_rewards(run, cfg, model, rows):
 @runtime.stage
 def main(cfg):
     run = runtime.start(cfg, n_responses=2, ranked=True)
-    if cfg.bootstrap:
-        run.rows = run.rows.select(np.random.default_rng((cfg.seed, 1)).integers(len(run.rows), size=len(run.rows)))
     references = cfg.normalize_data and run.load(cfg.normalize_data, cfg.train_split, n_responses=1)
     model = runtime.load_model(run, ScalarModel, cfg.model, trainable=True, random="score")
     for step in run.train({"model": model}):

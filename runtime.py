@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import signal
-import threading
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -23,13 +22,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from tqdm import tqdm
 
-from configurator import Count, Share, UserError, check
+from configurator import Count, Share, UserError, check, explain, require
 from data import Tokenizer, batch_rows, load_rows, pad_right
 from model import GPTNeoXConfig, find_model, full, generate, init_weights, load_weights, read_json, write_json
 
@@ -81,7 +77,6 @@ class TrainConfig(RunConfig):
     save_every: int = 0  # updates between resumable checkpoints; 0: none but that of a run stopped by a signal
     keep_checkpoints: Count = 2  # how many of them to keep: the last ones
     keep_every: int = 0  # and those after each multiple of this many updates; 0: no others
-    wandb: str = ""  # a Weights & Biases project to log to as well
 
 
 class Done(Exception):
@@ -102,11 +97,15 @@ def stage(main):
                 main(cfg, *args, **kwargs)
             dist.barrier()  # a process that tears down early can abort the others
             dist.destroy_process_group()
-        except (OSError, RuntimeError, MemoryError, CheckpointException) as error:
-            line = explain(cfg, error)
-            if line is None:
-                raise
-            raise UserError(line) from None
+        except (OSError, MemoryError, RuntimeError, dcp.CheckpointException) as error:
+            cause = next(iter(getattr(error, "failures", {0: [error]}).values()))[0]  # of a checkpoint, the first
+            reason = str(cause).split("\n")[0]
+            if isinstance(cause, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in reason:
+                sizes = " or ".join(f"{name} ({n})" for name, n in vars(cfg).items() if "micro_batch_size" in name)
+                raise UserError(f"out of memory: {reason}; lower {sizes}, or see activation_checkpointing") from None
+            if cause is not error or (isinstance(cause, OSError) and cause.errno):
+                raise UserError(f"out_dir {cfg.out_dir}: {reason}; mend that and run the same command again") from None
+            raise
         finally:
             handle_signals(handlers)
             if dist.is_initialized() and dist.get_world_size() == 1:  # a notebook goes on after an error
@@ -115,22 +114,8 @@ def stage(main):
     return wrapped
 
 
-def explain(cfg, error):
-    """One line for what a user can mend, None for another error."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    reason = str(error).split("\n")[0]
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in reason:
-        sizes = [f"{name} ({size})" for name, size in vars(cfg).items() if name.endswith("micro_batch_size")]
-        return f"out of memory: {reason}; lower {' or '.join(sizes)}, or see activation_checkpointing and offload"
-    if isinstance(error, OSError) and error.errno:
-        where = error.filename or cfg.out_dir
-        return f"{where}: {error.strerror}; mend that, and the same command goes on from the last checkpoint"
-    return None
-
-
 def handle_signals(handlers):
-    if threading.current_thread() is threading.main_thread():  # no other may
+    with contextlib.suppress(ValueError):  # only the main thread may
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -139,11 +124,11 @@ class Run:
     """This process's place in the world, and the run's directory."""
 
     def __init__(self, cfg):
-        self.cfg, self.out_dir, self.bar, self.wandb = cfg, Path(cfg.out_dir), tqdm(disable=True), None
+        self.cfg, self.out_dir, self.bar = cfg, Path(cfg.out_dir), tqdm(disable=True)
         self.losses, self.skipped, self.stopping = [], 0, False
         kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise UserError("device 'cuda' is not there; use --device=cpu, or run on a machine with a GPU")
+        there = kind == "cpu" or torch.cuda.is_available()
+        require(there, "device 'cuda' is not there; use --device=cpu, or run on a machine with a GPU")
         half = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and kind == "cuda")
         self.dtype = torch.bfloat16 if half else torch.float32
         self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
@@ -153,17 +138,14 @@ class Run:
             # gloo beside nccl: for what is offloaded to the CPU
             backend, device = ("cpu:gloo,cuda:nccl", self.device) if kind == "cuda" else ("gloo", None)
             alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-            try:  # the time limit covers rank 0's fetching and tokenising, for which the others wait
+            with explain("no process group; start with torchrun, or unset RANK", ValueError, RuntimeError):
+                # the time limit covers rank 0's fetching and tokenising, for which the others wait
                 dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device, **alone)
-            except (ValueError, RuntimeError) as error:
-                reason = str(error).split("\n")[0]
-                raise UserError(f"no process group ({reason}); start with torchrun, or unset RANK") from None
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.is_main, shards = self.rank == 0, cfg.shard_size or self.size
-        if self.size % shards:
-            raise UserError(f"shard_size {shards} does not divide the {self.size} processes; use one that does")
-        self.mesh = init_device_mesh(kind, (self.size // shards, shards), mesh_dim_names=("replicas", "shards"))
-        self.mesh = self.mesh if shards < self.size else self.mesh["shards"]
+        divides = self.size % shards == 0
+        require(divides, f"shard_size {shards} does not divide the {self.size} processes; use one that does")
+        self.mesh = dist.init_device_mesh(kind, (self.size // shards, shards)[shards == self.size :])
 
     # ---- rows: who computes what, and how all learn the result
 
@@ -240,9 +222,12 @@ class Run:
         signal.signal(number, signal.default_int_handler)
 
     def end(self, text):
-        if self.is_main:
-            print(f"\n{text}", flush=True)
+        self.print(text)
         raise Done(text)
+
+    def print(self, *lines):
+        if self.is_main:
+            print(*lines, sep="\n", flush=True)
 
     def batch(self):
         """Indices (batch_size,) of this step's rows."""
@@ -250,17 +235,12 @@ class Run:
 
     def log(self, metrics, watch=()):
         """Append one row to metrics.jsonl; show the metrics named in `watch` beside the progress bar."""
-        skips = self.cfg.on_nonfinite == "skip"
-        for name, value in metrics.items():
-            if not math.isfinite(value) and not skips:
-                raise UserError(f"step {self.step}: {name} is {value}; lower lr, or look at the rows of that step")
-        if skips:  # JSON has no NaN
-            metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-            metrics["skipped"] = self.skipped
+        bad = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+        if self.cfg.on_nonfinite == "skip":  # JSON has no NaN
+            metrics, bad = metrics | dict.fromkeys(bad) | {"skipped": self.skipped}, {}
+        require(not bad, f"step {self.step}: {bad}; lower lr, or look at the rows of that step")
         if self.is_main:
             write_jsonl(self.out_dir / "metrics.jsonl", [{"step": self.step, **metrics}], "a")
-        if self.wandb:
-            self.wandb.log(metrics, step=self.step)
         self.bar.set_postfix({name.split("/")[-1]: f"{metrics[name]:.4g}" for name in watch})
 
 
@@ -274,22 +254,15 @@ def start(cfg, n_responses, tokenizer="", n_minibatches=1, **options):
     open_directory(run)
     if (run.out_dir / "final").exists():
         run.end(f"{run.out_dir}/final is there already; to train again, choose another out_dir")
-    if run.is_main and cfg.wandb:
-        import wandb
-
-        run.wandb = wandb.init(project=cfg.wandb, name=run.out_dir.name, config=asdict(cfg))
     run.tokenizer = Tokenizer.load(tokenizer or cfg.model)
     run.rows = run.load(cfg.data, cfg.train_split, n_responses=n_responses, **options)
     run.held_out = cfg.eval_split and run.load(cfg.data, cfg.eval_split, n_responses=n_responses, **options)
     parts, n_rows = n_minibatches * run.size, cfg.episodes or len(run.rows)
-    if cfg.batch_size % parts:
-        across = f"{n_minibatches} minibatches x {run.size} processes"
-        raise UserError(f"batch_size {cfg.batch_size} does not divide by {across}; make it a multiple of {parts}")
+    wrong = f"batch_size {cfg.batch_size} does not divide by {n_minibatches} minibatches x {run.size} processes"
+    require(cfg.batch_size % parts == 0, f"{wrong}; make it a multiple of {parts}")
     run.total = n_rows // cfg.batch_size
-    if run.total < 1:
-        raise UserError(f"{n_rows} rows are less than a batch of {cfg.batch_size}; lower batch_size")
-    if run.is_main:
-        print(f"{run.total} updates: {n_minibatches} minibatches x {run.size} ranks x {cfg.batch_size // parts} rows")
+    require(run.total > 0, f"{n_rows} rows are less than a batch of {cfg.batch_size}; lower batch_size")
+    run.print(f"{run.total} updates: {n_minibatches} minibatches x {run.size} ranks x {cfg.batch_size // parts} rows")
     return run
 
 
@@ -303,12 +276,11 @@ def open_directory(run):
     if not run.cfg.accept_changes and any((run.out_dir / name).exists() for name in ("checkpoints", "final", *LOGS)):
         was = read_json(run.out_dir / "config.json")
         changed = [f"{key} ({was.get(key)!r} -> {new!r})" for key, new in values.items() if was.get(key) != new]
-        if changed:
-            which = f"{run.out_dir} holds a run with another configuration: {', '.join(changed)}"
-            raise UserError(f"{which}; choose another out_dir, or go on knowingly with --accept_changes")
+        which = f"{run.out_dir} holds a run with another configuration: {', '.join(changed)}"
+        require(not changed, f"{which}; choose another out_dir, or go on knowingly with --accept_changes")
     dist.barrier()
+    run.print(*(f"{key} = {value!r}" for key, value in values.items()))
     if run.is_main:
-        print("\n".join(f"{key} = {value!r}" for key, value in values.items()), flush=True)
         run.out_dir.mkdir(parents=True, exist_ok=True)
         write_json(run.out_dir / "config.json", values)
 
@@ -340,9 +312,9 @@ def load_model(run, cls, source, trainable=False, random=None):
     directory = find_model(source)
     with torch.device("meta"):
         model = cls(GPTNeoXConfig.from_directory(directory))
-    if model.config.vocab_size < run.tokenizer.n_vocab:
-        sizes = f"vocab_size {model.config.vocab_size} is less than the tokenizer's {run.tokenizer.n_vocab}"
-        raise UserError(f"{directory}: {sizes}; use the model's own tokenizer")
+    size, n_vocab = model.config.vocab_size, run.tokenizer.n_vocab
+    less = f"{directory}: vocab_size {size} is less than the tokenizer's {n_vocab}"
+    require(size >= n_vocab, f"{less}; use the model's own tokenizer")
     offload = run.cfg.offload == "all" or (run.cfg.offload == "frozen" and not trainable)
     shard(model, run, torch.float32 if trainable else run.dtype, offload)
     model.to_empty(device="cpu" if offload else run.device)
@@ -408,13 +380,6 @@ def make_optimizer(cfg, models, lrs):
         zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
     return optimizer
-
-
-@torch.no_grad()
-def mix(target, source, share):
-    """Move the parameters of `target` by `share` of the way to those of `source`; both are sharded alike."""
-    for ours, theirs in zip(target.parameters(), source.parameters()):
-        ours.to_local().lerp_(theirs.to_local(), share)
 
 
 def learning_rate(step, total_steps, lr, schedule, warmup_steps=0):
@@ -483,12 +448,10 @@ def save_checkpoint(run, state):
     final, temporary = directory / f"step_{run.step}", directory / f"tmp_{run.step}"
     if run.is_main:
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while it wrote
-    dcp.save(training_state(run), storage_writer=HuggingFaceStorageWriter(temporary, save_distributed=True))
-    if run.is_main:
+        temporary.mkdir(parents=True)
         sizes = {path.name: path.stat().st_size for path in map(run.out_dir.joinpath, LOGS) if path.exists()}
         write_json(temporary / "state.json", {"step": run.step, "sizes": sizes, **state})
-        sync(*map(run.out_dir.joinpath, sizes))
-    dist.barrier()
+    dcp.save(training_state(run), storage_writer=dcp.HuggingFaceStorageWriter(temporary, save_distributed=True))
     written = checksums(run, temporary)
     if run.is_main:
         write_json(temporary / "checksums.json", written)
@@ -496,7 +459,6 @@ def save_checkpoint(run, state):
         for old in list_checkpoints(run)[: -run.cfg.keep_checkpoints]:
             if not run.cfg.keep_every or int(old.name[len("step_") :]) % run.cfg.keep_every:
                 shutil.rmtree(old)
-    dist.barrier()
 
 
 def list_checkpoints(run):
@@ -505,8 +467,8 @@ def list_checkpoints(run):
 
 def checksums(run, directory):
     """SHA-256 of each file of a checkpoint, on every rank; the ranks share the reading."""
-    paths, parts = sorted(path for path in directory.iterdir() if path.name != "checksums.json"), [None] * run.size
-    mine = {path.name: hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in paths[run.rank :: run.size]}
+    names, parts = sorted(set(os.listdir(directory)) - {"checksums.json"})[run.rank :: run.size], [None] * run.size
+    mine = {name: hashlib.file_digest((directory / name).open("rb"), "sha256").hexdigest() for name in names}
     dist.all_gather_object(parts, mine)
     return {name: digest for part in parts for name, digest in part.items()}
 
@@ -520,42 +482,32 @@ def resume(run, state):
     step, sizes, found = 0, {}, list_checkpoints(run)
     for path in reversed(found):
         try:
-            if checksums(run, path) != read_json(path / "checksums.json"):
-                raise UserError("its files are not as they were written")
+            whole = checksums(run, path) == read_json(path / "checksums.json")
+            require(whole, "its files are not as they were written")
         except UserError as error:
-            if run.is_main:
-                print(f"passed over {path}: {error}", flush=True)
+            run.print(f"passed over {path}: {error}")
             continue
-        dcp.load(training_state(run), storage_reader=HuggingFaceStorageReader(path))
+        dcp.load(training_state(run), storage_reader=dcp.HuggingFaceStorageReader(path))
         state.update(read_json(path / "state.json"))
         step, sizes = state.pop("step"), state.pop("sizes")
+        run.print(f"resumed from {path}")
         break
-    if found and not step:
-        raise UserError(f"{run.out_dir}/checkpoints: none can be read; remove them all to start from the beginning")
+    lost = found and not step
+    require(not lost, f"{run.out_dir}/checkpoints: none can be read; remove them all to start from the beginning")
     dist.barrier()
     if run.is_main:
         for path in map(run.out_dir.joinpath, LOGS):
             if path.exists():
                 os.truncate(path, sizes.get(path.name, 0))
-        if step:
-            print(f"resumed from {path}", flush=True)
     return step
-
-
-def sync(*paths):
-    """Have files, or the entries of directories, on the disk before going on."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def move(temporary, final):
     """Give a directory its final name once all of it is on the disk; another of that name is replaced."""
-    sync(*temporary.iterdir(), temporary)
+    os.sync()
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
-    sync(final.parent)
+    os.sync()
 
 
 def export(run, model, name="final"):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import runtime
-from configurator import Count, UserError, configure
+from configurator import Count, configure, require
 from data import Tokenizer, collate, last_scalars, uniforms
 from model import GPTNeoX, ScalarModel, token_logprobs, write_json
 
@@ -79,8 +79,9 @@ def rouge(references, responses):
     return {name: float(np.mean([score[name].fmeasure for score in scores])) for name in names}
 
 
-def evaluate(run, cfg, model):
-    """Sample for a split; returns (one dict per row, the summary), the same on every rank."""
+def evaluate(run, cfg, source):
+    """Sample from one model for a split; returns (one dict per row, the summary), the same on every rank."""
+    model = runtime.load_model(run, GPTNeoX, source)
     tokenizer, rows = run.tokenizer, run.load(cfg.data, cfg.split, n_responses=1)[:]
     queries, references = rows["query"], [responses[0] for responses in rows["responses"]]
     responses = sample(run, cfg, model, queries)
@@ -98,13 +99,15 @@ def evaluate(run, cfg, model):
         ratio = functools.partial(log_ratio, model, anchor, run.device, cfg.temperature, tokenizer.n_vocab)
         columns["kl"] = measure(run, cfg, ratio, queries, responses)
     means = {name: float(np.mean(column)) for name, column in columns.items() if name not in ids}
-    return [dict(zip(columns, values)) for values in zip(*columns.values())], {"n": len(queries), **means, **summary}
+    summary = {"n": len(queries), **means, **summary}
+    run.print(source, *(f"{name:18} {value:10.4f}" for name, value in summary.items()))
+    return [dict(zip(columns, values)) for values in zip(*columns.values())], {"model": source, **summary}
 
 
-def complete(run, cfg, model):
+def complete(run, cfg):
     """Print a response to cfg.prompt, or to each line of stdin."""
-    if run.size > 1:
-        raise UserError("a prompt is for one process; start it without torchrun")
+    require(run.size == 1, "a prompt is for one process; start it without torchrun")
+    model = runtime.load_model(run, GPTNeoX, cfg.model)
     texts = (line.rstrip("\n") for line in sys.stdin) if cfg.prompt == "-" else [cfg.prompt]
     for number, text in enumerate(filter(str.strip, texts)):
         response = sample(run, cfg, model, [run.tokenizer.encode(text)], number)[0]
@@ -113,25 +116,18 @@ def complete(run, cfg, model):
 
 @runtime.stage
 def main(cfg):
-    run, sources, best = runtime.Run(cfg), cfg.model.split(","), None
-    if len(sources) > 1 and (cfg.prompt or not cfg.reward_model):
-        raise UserError("several models are compared on data, by a reward_model: give one, or a single model")
+    run, sources = runtime.Run(cfg), cfg.model.split(",")
+    fits = len(sources) == 1 or (cfg.reward_model and not cfg.prompt)
+    require(fits, "several models are compared on data, by a reward_model: give one, or a single model")
     if cfg.out_dir and not cfg.prompt:
         runtime.open_directory(run)
     run.tokenizer = Tokenizer.load(sources[0])
-    for source in sources:
-        model = runtime.load_model(run, GPTNeoX, source)
-        if cfg.prompt:
-            complete(run, cfg, model)
-            continue
-        rows, summary = evaluate(run, cfg, model)
-        if run.is_main:
-            print("\n".join([source, *(f"{name:18} {value:10.4f}" for name, value in summary.items())]))
-        if best is None or summary["score"] > best[1]["score"]:
-            best = rows, {"model": source, **summary}
-    if best and cfg.out_dir and run.is_main:
-        runtime.write_jsonl(run.out_dir / "samples.jsonl", best[0])
-        write_json(run.out_dir / "summary.json", best[1])
+    if cfg.prompt:
+        return complete(run, cfg)
+    rows, summary = max((evaluate(run, cfg, source) for source in sources), key=lambda result: result[1].get("score"))
+    if cfg.out_dir and run.is_main:
+        runtime.write_jsonl(run.out_dir / "samples.jsonl", rows)
+        write_json(run.out_dir / "summary.json", summary)
         print(f"wrote {run.out_dir}/samples.jsonl")
 
 

@@ -57,11 +57,6 @@ PPO_OPTIONS = {
     "entropy bonus 0.01": ["--entropy_coef=0.01"],
     "PPO-ptx 0.1": ["--ptx_coef=0.1"],
     "parts of PPO-max together": PPO_MAX,
-    "TR-PPO, KL 0.03": ["--kl_delta=0.03"],
-    "PPO-RB, slope 0.3": ["--rollback=0.3"],
-    "TR-PPO-RB, slope 0.3": ["--kl_delta=0.03", "--rollback=0.3"],
-    "early stop at KL 0.01": ["--target_kl=0.01"],
-    "reference EMA 0.1": ["--reference_mix=0.1"],
     "ends after the first full stop": ["--truncate_token=PERIOD"],
 }
 RM_OPTIONS = {
@@ -69,16 +64,12 @@ RM_OPTIONS = {
     "gain and bias": ["--normalize_std"],
     "label noise 0.1": ["--label_noise=0.1"],
     "targets within 0.5 -+ 0.1": ["--target_clamp=0.1"],
-    "one bootstrap resample": ["--bootstrap", "--normalize_std"],
-    "two of them, averaged": [],
 }
 DPO_OPTIONS = {
     "off": [],
     "cDPO 0.1": ["--label_smoothing=0.1"],
     "robust 0.1": ["--loss_type=robust", "--label_smoothing=0.1"],
-    "exo_pair 0.001": ["--loss_type=exo_pair", "--label_smoothing=0.001"],
-    **{name: [f"--loss_type={name}"] for name in
-       "hinge ipo ipo_norm nca_pair bco_pair sppo_hard apo_zero apo_down discopop".split()},
+    **{name: [f"--loss_type={name}"] for name in ("hinge", "ipo", "ipo_norm", "bco_pair", "apo_zero")},
     "SFT term 1.0": ["--sft_coef=1.0"],
 }  # fmt: skip
 GROUPS = {"ppo": PPO_OPTIONS, "dpo": DPO_OPTIONS, "rm": RM_OPTIONS}
@@ -101,14 +92,9 @@ def train(group, name, seed, directory):
     if group == "dpo":
         dpo.main(configure(dpo.Config, [*DPO, *common, *extra]))
     elif group == "rm":
-        sources = [f"{directory}-rm/final"]
-        two = name == "two of them, averaged"
-        member = ["--bootstrap", "--normalize_std"] if two else extra
-        rm.main(configure(rm.Config, [*RM, f"--seed={seed + 100 * two}", f"--out_dir={directory}-rm", *member]))
-        if two:
-            sources.insert(0, f"{place(group, 'one bootstrap resample', seed)}-rm/final")
+        rm.main(configure(rm.Config, [*RM, f"--seed={seed}", f"--out_dir={directory}-rm", *extra]))
         accuracy = json.loads(Path(f"{directory}-rm/eval.json").read_text())["eval/accuracy"]
-        ppo.main(configure(ppo.Config, [*PPO, *common, f"--reward_model={','.join(sources)}"]))
+        ppo.main(configure(ppo.Config, [*PPO, *common, f"--reward_model={directory}-rm/final"]))
     else:
         ppo.main(configure(ppo.Config, [*PPO, *common, *extra]))
     return accuracy

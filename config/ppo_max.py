@@ -23,4 +23,3 @@ weight_decay = 0.0
 schedule = "constant"  # (released code: falls with 1 / sqrt(step))
 warmup_steps = 0  # the critic's phase takes its place
 temperature = 0.8  # of sampling and, unlike there, of all log-probabilities; no top-p, no repetition penalty
-diagnostics = True  # perplexity: it falls when responses collapse into one pattern

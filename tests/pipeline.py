@@ -29,8 +29,8 @@ def write_rows(path, rows):
 
 # every option of PPO at once
 EVERYTHING = dict(kl_estimator="k3", reward_norm="normalize", reward_clip=2.0, advantage_clip=1.0, critic_steps=3,
-                  critic_lr=2e-3, entropy_coef=0.01, ptx_coef=0.5, max_grad_norm=1.0, kl_delta=0.03, rollback=0.3,
-                  target_kl=0.05, reference_mix=0.1, diagnostics=True, adam_style="tf", kl_target=0.5)  # fmt: skip
+                  critic_lr=2e-3, entropy_coef=0.01, ptx_coef=0.5, max_grad_norm=1.0, adam_style="tf",
+                  kl_target=0.5)  # fmt: skip
 
 
 def ranked(n):

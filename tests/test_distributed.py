@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import runtime
 import sample
 
-RANKED = dict(rows=ranked(24), eval_split="train", normalize_data="", label_noise=0.1, bootstrap=True)
+RANKED = dict(rows=ranked(24), eval_split="train", normalize_data="", label_noise=0.1)
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 

@@ -171,7 +171,7 @@ def test_advantage_clip_bounds_whitened_advantages(ppo_run):
 
 
 def test_reward_models_are_averaged(pipeline, ppo_run):
-    other = pipeline.config(rm, "rm_member", seed=7, bootstrap=True, normalize_std=True, eval_split="")
+    other = pipeline.config(rm, "rm_member", seed=7, normalize_std=True, eval_split="")
     rm.main(other)
     members = str(pipeline.rm), f"{other.out_dir}/final"
     common = dict(episodes=8, missing_eos_score=0.0)
@@ -253,41 +253,8 @@ def test_max_grad_norm_bounds_the_step(pipeline, ppo_run):
     assert moved[1e-3] / moved[0.0] == pytest.approx(1e-3 / rows[0]["grad_norm"], rel=0.02)  # steps of 1e-6 on ulps
 
 
-def test_kl_delta_stops_what_has_gone_too_far(ppo_run):
-    """With a limit that any step passes, a token's first step is its last: the policy stays nearer to the old one."""
-    off, on = (ppo_run(f"delta{delta}", kl_delta=delta, cliprange=10.0, lr=3e-3)[0] for delta in (0.0, 1e-12))
-    assert 0 < on[0]["policy/approxkl_avg"] < off[0]["policy/approxkl_avg"] / 1.2
-    assert on[0]["policy/clipfrac_avg"] > 0.1 and off[0]["policy/clipfrac_avg"] == 0
-
-
-def test_rollback_pulls_back_what_has_gone_too_far(ppo_run):
-    common = dict(cliprange=0.01, lr=3e-3)
-    flat, back = (ppo_run(f"rollback{slope}", rollback=slope, **common)[0] for slope in (0.0, 3.0))
-    assert back[0]["val/ratio_var"] < flat[0]["val/ratio_var"] / 1.2
-    kl = dict(common, kl_delta=1e-4)
-    flat, back = (ppo_run(f"kl_rollback{slope}", rollback=slope, **kl)[0] for slope in (0.0, 3.0))
-    assert back[0]["val/ratio_var"] < flat[0]["val/ratio_var"] / 1.2
-
-
-def test_target_kl_stops_the_policy_and_not_the_critic(pipeline, ppo_run):
-    """Any step goes beyond this target, so of four epochs the policy takes one, to the bit; the critic takes four."""
-    stopped, _ = ppo_run("target_kl", target_kl=1e-9, episodes=8)
-    one, _ = ppo_run("one_epoch", n_epochs=1, episodes=8)
-    assert same_weights(policy(pipeline, "target_kl"), policy(pipeline, "one_epoch"))
-    free, _ = ppo_run("four_epochs", episodes=8)
-    assert not same_weights(policy(pipeline, "target_kl"), policy(pipeline, "four_epochs"))
-    assert stopped[0]["loss/value_avg"] == free[0]["loss/value_avg"] < one[0]["loss/value_avg"]
-
-
-def test_reference_mix_moves_the_reference(ppo_run):
-    fixed, half, all_ = (ppo_run(f"mix{share}", reference_mix=share)[0] for share in (0.0, 0.5, 1.0))
-    assert fixed[0]["objective/kl"] == half[0]["objective/kl"] == all_[0]["objective/kl"] == 0.0
-    assert all_[1]["objective/kl"] == 0.0  # the reference is the policy again
-    assert 0 < abs(half[1]["objective/kl"]) < abs(fixed[1]["objective/kl"])
-
-
 def test_diagnostics_are_what_the_samples_say(ppo_run):
-    rows, batches = ppo_run("diagnostics", diagnostics=True)
+    rows, batches = ppo_run("diagnostics")
     for row, batch in zip(rows, batches):
         mask, d = batch["mask"], batch["kl"]
         for name, column in (("val/perplexity", "logprobs"), ("val/ref_perplexity", "ref_logprobs")):
@@ -301,7 +268,8 @@ def test_diagnostics_are_what_the_samples_say(ppo_run):
 def test_options_that_are_off_leave_no_trace(ppo_run):
     rows, _ = ppo_run("off")
     assert set(rows[0]) == {
-        "step", "episode", "objective/kl", "objective/kl_coef", "objective/entropy", "objective/non_score_reward",
+        "step", "episode", "objective/kl", "objective/kl_k2", "objective/kl_k3", "val/perplexity",
+        "val/ref_perplexity", "objective/kl_coef", "objective/entropy", "objective/non_score_reward",
         "objective/rlhf_reward", "objective/scores", "policy/entropy_avg", "val/num_eos_tokens", "val/eos_rate",
         "val/response_length", "val/generation_gap", "val/ratio", "loss/policy_avg", "loss/value_avg",
         "policy/approxkl_avg", "policy/clipfrac_avg", "val/clipfrac_avg", "val/ratio_avg", "val/ratio_var", "lr",
@@ -410,31 +378,14 @@ def test_rm_label_noise_bounds_the_loss(pipeline):
     assert metrics(noisy)[0]["loss/rm"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_rm_bootstrap_draws_rows_with_replacement(pipeline, monkeypatch):
-    seen, update = {}, rm.update
-
-    def watch(run, cfg, model, rows):
-        seen.setdefault(cfg.out_dir, []).extend(map(str, rows["query"]))
-        return update(run, cfg, model, rows)
-
-    monkeypatch.setattr(rm, "update", watch)
-    for name, options in (("a", dict(seed=1)), ("b", dict(seed=2)), ("plain", dict(bootstrap=False))):
-        rm.main(pipeline.config(rm, f"boot_{name}", **{"bootstrap": True, "episodes": 40, "eval_split": "", **options}))
-    a, b, plain = (seen[str(pipeline.directory / f"boot_{name}")] for name in ("a", "b", "plain"))
-    assert len(a) == len(plain) == 40 and len(set(plain)) == 40  # every pair once
-    assert 20 <= len(set(a)) <= 32 and set(a) != set(b)  # of n draws, about 1 - 1/e are different
-
-
 # ---------------------------------------------------------------------------- DPO, SFT, sampling
 
 
-@pytest.mark.parametrize("loss_type", ["robust", "exo_pair", "ipo_norm", "nca_pair", "bco_pair", "sppo_hard",
-                                       "apo_zero", "apo_down", "discopop"])  # fmt: skip
+@pytest.mark.parametrize("loss_type", ["robust", "ipo_norm", "bco_pair", "apo_zero"])
 def test_dpo_family_trains_from_its_value_at_the_start(pipeline, loss_type):
     """At the start all log-ratios are 0, where each loss has a value worked by hand; then it falls."""
-    smoothing, log2 = 0.1 if loss_type in ("robust", "exo_pair") else 0.0, np.log(2)
-    start = dict(robust=log2, exo_pair=-log2 - (np.log(0.9) + np.log(0.1)) / 2, ipo_norm=25.0, nca_pair=2 * log2,
-                 bco_pair=2 * log2, sppo_hard=50.0, apo_zero=1.0, apo_down=1.0, discopop=(log2 + 1) / 2)  # fmt: skip
+    smoothing, log2 = 0.1 if loss_type == "robust" else 0.0, np.log(2)
+    start = dict(robust=log2, ipo_norm=25.0, bco_pair=2 * log2, apo_zero=1.0)
     cfg = pipeline.config(dpo, f"dpo_{loss_type}", loss_type=loss_type, label_smoothing=smoothing, beta=0.1,
                           batch_size=40, episodes=160, eval_split="", lr=1e-4)  # fmt: skip
     dpo.main(cfg)
