@@ -103,10 +103,9 @@ def parse(field, text):
     if field.type is bool and (text is None or text.lower() in TRUE + FALSE):
         return text is None or text.lower() in TRUE
     require(text is not None, f"--{field.name} needs a value, for example --{field.name}={field.default}")
-    try:
+    value = text
+    with contextlib.suppress(ValueError):  # else it stays a text, and is of the wrong type
         value = {int: int, float: float}.get(getattr(field.type, "__supertype__", field.type), str)(text)
-    except ValueError:
-        value = text  # of the wrong type
     return check(field, value)
 
 
@@ -120,8 +119,7 @@ def check(field, value, where="command line"):
     takes = f"takes {wanted}, got {type(value).__name__} ({value!r})"
     fits = type(value) is kind and (field.type not in LIMITS or low <= value < high)
     require(fits, f"{where}: '{field.name}' {takes}; write for example {field.default!r}")
-    fits = not choices or value in choices
-    require(fits, f"{where}: '{field.name}' is {value!r}; use one of {', '.join(choices)}")
+    require(not choices or value in choices, f"{where}: '{field.name}' is {value!r}; use one of {', '.join(choices)}")
     return value
 
 

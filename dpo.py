@@ -97,8 +97,7 @@ def update(run, cfg, model, rows, ref_logprobs):
 def main(cfg):
     dpo_loss(*torch.zeros(4, 1), cfg.beta, cfg.loss_type, cfg.label_smoothing, torch.ones(1, 2))  # refuses wrong ones
     run = runtime.start(cfg, n_responses=2)
-    soft = min(run.rows["target"]) < 1
-    require(not soft, f"{cfg.data}: has soft labels (column target), which DPO does not use; use label_smoothing")
+    require(min(run.rows["target"]) == 1, f"{cfg.data}: DPO does not use soft labels (target); use label_smoothing")
     reference = runtime.load_model(run, GPTNeoX, cfg.reference or cfg.model)
     ref_logprobs = predict(run, cfg, reference, run.rows)  # (n, 2)
     ref_held_out = predict(run, cfg, reference, run.held_out) if run.held_out else None

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -52,7 +52,6 @@ class GPTNeoXConfig:
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     use_parallel_residual: bool = True
-    bos_token_id: int = 0
     eos_token_id: int = 0
 
     def __post_init__(self):
@@ -223,25 +222,19 @@ class Pretrained(nn.Module):
         load_weights(model, directory)
         return model
 
-    def save_pretrained(self, directory, max_shard_bytes=5_000_000_000):
-        """Write config.json and model.safetensors (or shards and an index) as transformers reads them.
+    def save_pretrained(self, directory):
+        """Write config.json and model.safetensors as transformers reads them.
 
-        With sharded parameters every rank must call this: tensors are gathered one file at a time, rank 0 writes.
+        With sharded parameters every rank must call this: one tensor at a time is gathered, and rank 0 writes it.
         """
-        state = self.state_dict()
-        like = {name: torch.empty(x.shape, dtype=x.dtype, device="meta") for name, x in state.items()}
-        plan = split_torch_state_dict_into_shards(like, max_shard_size=max_shard_bytes)
-        writes = not dist.is_initialized() or dist.get_rank() == 0
-        if writes:
+        state, path = self.state_dict(), os.devnull
+        if not dist.is_initialized() or dist.get_rank() == 0:
             os.makedirs(directory, exist_ok=True)
-            dtype = str(next(iter(like.values())).dtype).removeprefix("torch.")
+            dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
             meta = dict(architectures=[self.architecture], torch_dtype=dtype)
             write_json(os.path.join(directory, "config.json"), {**meta, **FIXED, **asdict(self.config)})
-            if plan.is_sharded:
-                index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-                write_json(os.path.join(directory, "model.safetensors.index.json"), index)
-        for file, names in plan.filename_to_tensors.items():
-            write_safetensors(os.path.join(directory, file) if writes else os.devnull, {n: state[n] for n in names})
+            path = os.path.join(directory, "model.safetensors")
+        write_safetensors(path, state)
 
 
 class GPTNeoX(Pretrained):

@@ -253,8 +253,8 @@ def rollout(run, cfg, policy, reference, critic, score, queries, step):
 
     measured = run.map_rows(measure, batch["length"].tolist(), size)
     for name, x in measured.items():
-        bad = run.batch()[(~x.isfinite()).view(len(x), -1).any(1).cpu().numpy()].tolist()
-        require(not bad, f"step {step}: {name} of rows {bad} are not finite; look at those rows, or lower lr")
+        bad = (~x.isfinite()).view(len(x), -1).any(1).nonzero()[:, 0].tolist()
+        require(not bad, f"step {step}: {name} of the batch's rows {bad} are not finite; look at those, or lower lr")
     return measured | batch
 
 
@@ -404,8 +404,8 @@ def main(cfg, score=None):
             return last_scalars(reward_models, run.device, queries, responses)
         texts = ([run.tokenizer.decode(ids) for ids in rows] for rows in (queries, responses))
         scores = [float(x) for x in score(*texts)]
-        found = f"{len(scores)} scores for {len(responses)} responses"
-        require(len(scores) == len(responses), f"the score function gave {found}; return one each")
+        n = len(responses)
+        require(len(scores) == n, f"the score function gave {len(scores)} scores for {n} responses; return one each")
         return torch.tensor(scores, device=run.device)
 
     head = cfg.critic or (sources[0] if sources else "")

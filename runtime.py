@@ -108,8 +108,6 @@ def stage(main):
             raise
         finally:
             handle_signals(handlers)
-            if dist.is_initialized() and dist.get_world_size() == 1:  # a notebook goes on after an error
-                dist.destroy_process_group()
 
     return wrapped
 
@@ -127,8 +125,7 @@ class Run:
         self.cfg, self.out_dir, self.bar = cfg, Path(cfg.out_dir), tqdm(disable=True)
         self.losses, self.skipped, self.stopping = [], 0, False
         kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        there = kind == "cpu" or torch.cuda.is_available()
-        require(there, "device 'cuda' is not there; use --device=cpu, or run on a machine with a GPU")
+        require(kind == "cpu" or torch.cuda.is_available(), "device 'cuda' is not there; use --device=cpu")
         half = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and kind == "cuda")
         self.dtype = torch.bfloat16 if half else torch.float32
         self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
@@ -143,8 +140,7 @@ class Run:
                 dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device, **alone)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.is_main, shards = self.rank == 0, cfg.shard_size or self.size
-        divides = self.size % shards == 0
-        require(divides, f"shard_size {shards} does not divide the {self.size} processes; use one that does")
+        require(self.size % shards == 0, f"shard_size {shards} does not divide the {self.size} processes; lower it")
         self.mesh = dist.init_device_mesh(kind, (self.size // shards, shards)[shards == self.size :])
 
     # ---- rows: who computes what, and how all learn the result
@@ -288,10 +284,10 @@ def open_directory(run):
 def report(run, metrics, table, **details):
     """Log the last evaluation's metrics; write them, `details` and a table of rows to eval.json, and print it all."""
     run.log(metrics)
+    rows = {"": {**metrics, **details}, **table}.items()
+    run.print(*(f"{group:44} " + "  ".join(f"{name} {x:.4g}" for name, x in row.items()) for group, row in rows))
     if run.is_main:
         write_json(run.out_dir / "eval.json", {**metrics, **details, "accuracy": table})
-        for group, row in {"": {**metrics, **details}, **table}.items():
-            print(f"{group:44} " + "  ".join(f"{name} {value:.4g}" for name, value in row.items()))
 
 
 def write_jsonl(path, rows, mode="w"):
@@ -313,8 +309,7 @@ def load_model(run, cls, source, trainable=False, random=None):
     with torch.device("meta"):
         model = cls(GPTNeoXConfig.from_directory(directory))
     size, n_vocab = model.config.vocab_size, run.tokenizer.n_vocab
-    less = f"{directory}: vocab_size {size} is less than the tokenizer's {n_vocab}"
-    require(size >= n_vocab, f"{less}; use the model's own tokenizer")
+    require(size >= n_vocab, f"{directory}: vocab_size {size} is less than the tokenizer's {n_vocab}; use its own")
     offload = run.cfg.offload == "all" or (run.cfg.offload == "frozen" and not trainable)
     shard(model, run, torch.float32 if trainable else run.dtype, offload)
     model.to_empty(device="cpu" if offload else run.device)
@@ -492,8 +487,7 @@ def resume(run, state):
         step, sizes = state.pop("step"), state.pop("sizes")
         run.print(f"resumed from {path}")
         break
-    lost = found and not step
-    require(not lost, f"{run.out_dir}/checkpoints: none can be read; remove them all to start from the beginning")
+    require(step or not found, f"{run.out_dir}/checkpoints: none can be read; remove them all to start anew")
     dist.barrier()
     if run.is_main:
         for path in map(run.out_dir.joinpath, LOGS):

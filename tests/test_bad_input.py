@@ -90,7 +90,7 @@ CASES = {
     "micro-batch of 0": (sft, lambda d: dict(micro_batch_size=0), "'micro_batch_size' takes int from 1"),
     "batch not divisible": (ppo, lambda d: dict(n_minibatches=3), "batch_size 8 does not divide by 3.*multiple of 3"),
     "batch larger than the data": (sft, lambda d: dict(batch_size=64, episodes=0), "60 rows are less than a batch"),
-    "out_dir is a file": (sft, lambda d: (d / "new").write_text("") and None, "new.*File exists.*run the same command again"),
+    "out_dir is a file": (sft, lambda d: (d / "new").write_text("") and None, "new.*File exists.*run the same command"),
     "missing model": (rm, lambda d: dict(model=str(d / "nowhere")), "nowhere.*neither a directory nor"),
     "missing reward model": (ppo, lambda d: dict(reward_model="no/where"), "no/where"),
     "missing tokenizer": (rm, lambda d: (d / "sft/final/tokenizer.json").unlink(), "tokenizer.json"),
