@@ -231,12 +231,12 @@ class Run:
 
     def log(self, metrics, watch=()):
         """Append one row to metrics.jsonl; show the metrics named in `watch` beside the progress bar."""
-        bad = {name: value for name, value in metrics.items() if not math.isfinite(value)}
-        if self.cfg.on_nonfinite == "skip":  # JSON has no NaN
-            metrics, bad = metrics | dict.fromkeys(bad) | {"skipped": self.skipped}, {}
-        require(not bad, f"step {self.step}: {bad}; lower lr, or look at the rows of that step")
+        bad, skips = {name: x for name, x in metrics.items() if not math.isfinite(x)}, self.cfg.on_nonfinite == "skip"
+        require(skips or not bad, f"step {self.step}: {bad}; lower lr, or look at the rows of that step")
+        row = {"step": self.step, **metrics, **dict.fromkeys(bad)} | ({"skipped": self.skipped} if skips else {})
+        self.skipped = 0
         if self.is_main:
-            write_jsonl(self.out_dir / "metrics.jsonl", [{"step": self.step, **metrics}], "a")
+            write_jsonl(self.out_dir / "metrics.jsonl", [row], "a")  # JSON has no NaN: null
         self.bar.set_postfix({name.split("/")[-1]: f"{metrics[name]:.4g}" for name in watch})
 
 

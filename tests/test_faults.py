@@ -1,0 +1,341 @@
+"""Killed, out of disk, out of memory, fed with NaN: a run ends with one line, and goes on from where it was."""
+
+import importlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pipeline import EVERYTHING, ROOT, arguments, metrics
+from safetensors.torch import load_file
+
+import ppo
+import runtime
+import sft
+from configurator import UserError
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+WRITTEN = ("metrics.jsonl", "final/model.safetensors")
+
+
+def start(stage, cfg, n=0, **options):
+    """Start a script as a user would, under torchrun if n > 0."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n else []
+    command = [sys.executable, *launch, f"{stage}.py", *arguments(cfg)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # as many threads as here, for another number rounds differently; under torchrun one each
+    return subprocess.Popen(command, cwd=ROOT, env=ENV if n else dict(os.environ), **pipes, **options)
+
+
+def wait_for_rows(cfg, n):
+    """Return once metrics.jsonl has n rows."""
+    path, deadline = Path(cfg.out_dir) / "metrics.jsonl", time.monotonic() + 120
+    while not path.exists() or path.read_bytes().count(b"\n") < n:
+        assert time.monotonic() < deadline, f"no {n} rows in {path}"
+        time.sleep(0.01)
+
+
+def written(cfg):
+    return [(Path(cfg.out_dir) / name).read_bytes() for name in WRITTEN]
+
+
+def checkpoints(cfg):
+    return sorted(path.name for path in (Path(cfg.out_dir) / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def whole(pipeline):
+    """An SFT run of five updates with a checkpoint after each second one, left alone."""
+    cfg = pipeline.config(sft, "whole", episodes=40, save_every=2, eval_split="")
+    sft.main(cfg)
+    assert checkpoints(cfg) == ["step_2", "step_4"]
+    return cfg
+
+
+@pytest.fixture
+def broken(pipeline, whole, tmp_path):
+    """A copy of that run as it was before its last update, in a place of its own."""
+    shutil.copytree(whole.out_dir, pipeline.directory / "broken", dirs_exist_ok=True)
+    shutil.rmtree(pipeline.directory / "broken" / "final")
+    yield pipeline.config(sft, "broken", episodes=40, save_every=2, eval_split="", accept_changes=True)
+    shutil.rmtree(pipeline.directory / "broken")
+
+
+# ---------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(pipeline, number):
+    """Exit code 0, a line that says how to go on, and in the end the bytes of a run that was left alone."""
+    alone, stopped = (pipeline.config(sft, f"{name}{number}", episodes=800, eval_split="") for name in ("al", "st"))
+    process = start("sft", stopped)
+    wait_for_rows(stopped, 2)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    step = len(metrics(stopped))
+    assert f"stopped after update {step}; the same command goes on from there" in output
+    assert 2 <= step < 100 and checkpoints(stopped) == [f"step_{step}"]
+    sft.main(stopped)
+    sft.main(alone)
+    assert written(stopped) == written(alone)
+
+
+def test_a_second_signal_ends_at_once(pipeline):
+    """Inside an update that would take minutes."""
+    cfg = pipeline.config(ppo, "impatient", reward_model="")
+    code = f"import ppo, time; ppo.main(ppo.{cfg!r}, score=lambda *texts: print('scoring', flush=True) or time.sleep(600))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=ENV, stdout=subprocess.PIPE, text=True)
+    while process.stdout.readline() != "scoring\n":
+        pass
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=2)  # the first one waits for the update
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) != 0
+
+
+def test_handlers_are_given_back(pipeline):
+    before = [signal.getsignal(number) for number in runtime.SIGNALS]
+    sft.main(pipeline.config(sft, "handlers", eval_split=""))
+    assert [signal.getsignal(number) for number in runtime.SIGNALS] == before
+
+
+def test_a_rank_that_is_killed_ends_the_job(pipeline):
+    cfg = pipeline.config(sft, "dead_rank", episodes=80_000, eval_split="")
+    process = start("sft", cfg, 2)
+    wait_for_rows(cfg, 2)
+    ranks = {}
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        ranks |= {int(v[5:]): int(pid) for v in variables if v.startswith(b"RANK=")}
+    os.kill(ranks[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "Signal 9 (SIGKILL) received by PID" in errors
+
+
+def test_a_rank_that_fails_ends_the_job_with_its_traceback(pipeline, tmp_path):
+    cfg = pipeline.config(ppo, "failing_rank", reward_model="")
+    score = "lambda queries, responses: [1 / (1 - int(os.environ['RANK']))] * len(queries)"
+    (tmp_path / "fail.py").write_text(f"import os, ppo\nppo.main(ppo.{cfg!r}, score={score})\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "fail.py"]
+    env = {**ENV, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0 and "ZeroDivisionError" in result.stderr
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def shard(directory):
+    return next(directory.glob("*.safetensors"))
+
+
+DAMAGES = {
+    "truncated": lambda d: os.truncate(shard(d), shard(d).stat().st_size // 2),
+    "a bit of a weight": lambda d: flip(shard(d), -1000),
+    "a bit of the header": lambda d: flip(shard(d), 20),
+    "no weights": lambda d: shard(d).unlink(),
+    "empty weights": lambda d: shard(d).write_bytes(b""),
+    "one file too many": lambda d: shutil.copy(shard(d), d / "shard-00002-model-00001-of-00001.safetensors"),
+    "garbage state": lambda d: (d / "state.json").write_bytes(b"\xff{"),
+    "another step": lambda d: (d / "state.json").write_text((d / "state.json").read_text().replace("4", "3", 1)),
+    "no state": lambda d: (d / "state.json").unlink(),
+    "no checksums": lambda d: (d / "checksums.json").unlink(),
+    "checksums of something else": lambda d: (d / "checksums.json").write_text("[]"),
+    "nothing": lambda d: [path.unlink() for path in d.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(whole, broken, damage, capsys):
+    DAMAGES[damage](Path(broken.out_dir) / "checkpoints" / "step_4")
+    sft.main(broken)
+    output = capsys.readouterr().out
+    assert f"passed over {broken.out_dir}/checkpoints/step_4: " in output
+    assert f"resumed from {broken.out_dir}/checkpoints/step_2" in output
+    assert written(broken) == written(whole)
+    shutil.rmtree(Path(broken.out_dir) / "final")
+    sft.main(broken)  # the damaged one has been replaced
+    assert f"resumed from {broken.out_dir}/checkpoints/step_4" in capsys.readouterr().out
+
+
+def test_without_a_whole_checkpoint_nothing_is_lost(broken):
+    """Starting anew would take the rows out of metrics.jsonl: that is for the user to say."""
+    for step in (2, 4):
+        os.truncate(shard(Path(broken.out_dir) / "checkpoints" / f"step_{step}"), 100)
+    before = (Path(broken.out_dir) / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="checkpoints: none can be read; remove them all"):
+        sft.main(broken)
+    assert (Path(broken.out_dir) / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_half_written_checkpoint_is_no_checkpoint(whole, broken, capsys):
+    """Of a job of more processes that was killed while it saved: its files must not get into the next one."""
+    directory = Path(broken.out_dir) / "checkpoints"
+    (directory / "step_4").rename(directory / "tmp_4")
+    shutil.copy(shard(directory / "tmp_4"), directory / "tmp_4" / "shard-00007-model-00001-of-00001.safetensors")
+    sft.main(broken)
+    assert f"resumed from {directory}/step_2" in capsys.readouterr().out
+    assert written(broken) == written(whole)
+    assert checkpoints(broken) == ["step_2", "step_4"] and len(list((directory / "step_4").glob("*.safetensors"))) == 1
+
+
+def test_checkpoints_hold_no_pickle(whole):
+    names = {path.name for path in (Path(whole.out_dir) / "checkpoints" / "step_4").iterdir()}
+    assert names == {"shard-00001-model-00001-of-00001.safetensors", "state.json", "checksums.json"}
+    tensors = load_file(shard(Path(whole.out_dir) / "checkpoints" / "step_4"))
+    assert {name.split(".")[0] for name in tensors} == {"model", "exp_avg", "exp_avg_sq", "step"}
+
+
+def test_chosen_checkpoints_are_kept(pipeline):
+    cfg = pipeline.config(sft, "keep", episodes=72, save_every=1, keep_every=4, eval_split="")
+    sft.main(cfg)
+    assert checkpoints(cfg) == ["step_4", "step_8", "step_9"]
+
+
+@pytest.mark.parametrize("name, options", [("rm", {}), ("dpo", {}), ("ppo", dict(EVERYTHING, critic_steps=1))])
+def test_every_stage_can_be_stopped(pipeline, name, options, monkeypatch, capsys):
+    """By a signal in the second of four updates."""
+    stage = importlib.import_module(name)
+    alone, stopped = (pipeline.config(stage, f"{name}_{which}", episodes=32, **options) for which in ("alone", "stopped"))
+    stage.main(alone)
+    log = runtime.Run.log
+
+    def log_and_ask(run, *args, **kwargs):
+        log(run, *args, **kwargs)
+        if run.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(runtime.Run, "log", log_and_ask)
+    stage.main(stopped)
+    monkeypatch.undo()
+    assert "stopped after update 2" in capsys.readouterr().out and len(metrics(stopped)) == 2
+    stage.main(stopped)
+    assert written(stopped) == written(alone)
+
+
+# ---------------------------------------------------------------------------- disk and memory
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(whole, broken):
+    """No file may grow beyond 50,000 bytes: a shard of a checkpoint is larger."""
+    shutil.rmtree(Path(broken.out_dir) / "checkpoints" / "step_4")
+    limit = dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)))
+    process = start("sft", broken, **limit)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert re.search(f"out_dir {broken.out_dir}: .*File too large.*run the same command again", errors)
+    assert checkpoints(broken) in (["step_2"], ["step_2", "tmp_4"])
+    sft.main(broken)
+    assert written(broken) == written(whole)
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_out_of_memory_names_the_fields_to_lower(pipeline, monkeypatch, where):
+    def forward(*args, **kwargs):
+        if where == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has ...")
+        return torch.empty(2**55)
+
+    monkeypatch.setattr(ppo, "forward", forward)
+    with pytest.raises(UserError, match=r"out of memory: .*lower micro_batch_size \(3\) or rollout_micro_batch_size"):
+        ppo.main(pipeline.config(ppo, f"memory_{where}"))
+
+
+def test_other_errors_keep_their_traceback(pipeline, monkeypatch):
+    monkeypatch.setattr(sft, "loss_weights", lambda *args: torch.ones(3) @ torch.ones(4))
+    with pytest.raises(RuntimeError, match="size"):
+        sft.main(pipeline.config(sft, "a_bug"))
+
+
+# ---------------------------------------------------------------------------- numbers that are not finite
+
+
+def nan_at(monkeypatch, stage, bad):
+    """Make the log-probabilities of the stage's n-th forward pass NaN where bad(n) says so."""
+    count, plain = iter(range(10_000)), stage.token_logprobs
+
+    def token_logprobs(*args, **kwargs):
+        return plain(*args, **kwargs) * (float("nan") if bad(next(count)) else 1.0)
+
+    monkeypatch.setattr(stage, "token_logprobs", token_logprobs)
+
+
+def test_the_rows_of_a_non_finite_loss_are_named(pipeline, monkeypatch):
+    """Update 1, second of the three micro-batches of 3, 3 and 2 rows."""
+    cfg = pipeline.config(sft, "bad_rows", save_every=1, eval_split="")
+    seen, inputs = [], sft.model_inputs
+    monkeypatch.setattr(sft, "model_inputs", lambda rows, *args: seen.append(rows["query"]) or inputs(rows, *args))
+    nan_at(monkeypatch, sft, lambda n: n == 4)
+    with pytest.raises(UserError, match="step 1, rank 0: .*nan") as error:
+        sft.main(cfg)
+    named = json.loads(str(error.value).split("rows ")[1].split("]")[0] + "]")
+    run = runtime.Run(cfg)
+    run.tokenizer = sft.runtime.Tokenizer.load(str(pipeline.data))
+    rows = run.load(cfg.data, "train", n_responses=1)
+    torch.distributed.destroy_process_group()
+    assert sorted(map(str, rows[named]["query"])) == sorted(map(str, seen[4])) and len(named) == 3
+    assert checkpoints(cfg) == ["step_1"]  # of the update before
+
+
+def test_a_non_finite_update_can_be_skipped(pipeline, monkeypatch):
+    """The weights and the moments stay; the row says so; the next update is as if nothing had been."""
+    cfg = pipeline.config(sft, "skip", on_nonfinite="skip", save_every=1, keep_every=1, eval_split="", episodes=24)
+    nan_at(monkeypatch, sft, lambda n: 3 <= n < 6)
+    sft.main(cfg)
+    rows = metrics(cfg)
+    assert [row["skipped"] for row in rows] == [0, 1, 0]
+    assert rows[1]["loss/sft"] is None and rows[1]["grad_norm"] is None and rows[2]["loss/sft"] < rows[0]["loss/sft"]
+    one, two, three = (load_file(shard(Path(cfg.out_dir) / "checkpoints" / f"step_{n}")) for n in (1, 2, 3))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(two["step.model.embed_out.weight"], three["step.model.embed_out.weight"])
+
+
+def test_ppo_counts_each_skipped_step(pipeline, monkeypatch):
+    """Two of the eight steps of an update: its rollout has 2 x 3 passes, each minibatch 2 micro-batches."""
+    cfg = pipeline.config(ppo, "skip_ppo", on_nonfinite="skip", episodes=8, n_minibatches=2, eval_split="")
+    nan_at(monkeypatch, ppo, lambda n: n in (6, 10))
+    ppo.main(cfg)
+    assert metrics(cfg)[0]["skipped"] == 2
+    weights = load_file(Path(cfg.out_dir) / "final" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_a_score_that_is_not_finite_stops_before_the_update(pipeline):
+    def score(queries, responses):
+        return [float("nan") if i == 1 else 0.0 for i in range(len(queries))]
+
+    cfg = pipeline.config(ppo, "nan_score", reward_model="", on_nonfinite="skip")
+    with pytest.raises(UserError, match=r"step 0: scores of the batch's rows \[\d, \d, \d\] are not finite"):
+        ppo.main(cfg, score=score)
+    assert not (Path(cfg.out_dir) / "metrics.jsonl").exists()
+
+
+# ---------------------------------------------------------------------------- the directory
+
+
+def test_another_configuration_can_be_accepted(pipeline, broken):
+    changed = pipeline.config(sft, "broken", episodes=40, save_every=2, eval_split="", micro_batch_size=8, lr=1e-4)
+    with pytest.raises(UserError, match=r"micro_batch_size \(3 -> 8\), lr \(0.001 -> 0.0001\).*--accept_changes"):
+        sft.main(changed)
+    changed.accept_changes = True
+    sft.main(changed)
+    now = json.loads((Path(changed.out_dir) / "config.json").read_text())
+    assert now["lr"] == 1e-4 and "accept_changes" not in now
+    changed.accept_changes = False
+    sft.main(changed)  # from now on it is the run's own
