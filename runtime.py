@@ -141,7 +141,9 @@ class Run:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.is_main, shards = self.rank == 0, cfg.shard_size or self.size
         require(self.size % shards == 0, f"shard_size {shards} does not divide the {self.size} processes; lower it")
-        self.mesh = dist.init_device_mesh(kind, (self.size // shards, shards)[shards == self.size :])
+        grid, names = (self.size // shards, shards), ("replicas", "shards")
+        flat = int(shards == self.size)
+        self.mesh = dist.init_device_mesh(kind, grid[flat:], mesh_dim_names=names[flat:])
 
     # ---- rows: who computes what, and how all learn the result
 
@@ -268,7 +270,7 @@ def open_directory(run):
     Raises UserError if a run with another configuration has begun there.
     """
     values = asdict(run.cfg)
-    del values["accept_changes"]
+    del values["accept_changes"], values["out_dir"]  # a run may be moved
     if not run.cfg.accept_changes and any((run.out_dir / name).exists() for name in ("checkpoints", "final", *LOGS)):
         was = read_json(run.out_dir / "config.json")
         changed = [f"{key} ({was.get(key)!r} -> {new!r})" for key, new in values.items() if was.get(key) != new]

@@ -1,0 +1,67 @@
+"""The same run on 1, 2 and 4 processes and with micro-batches of 1, 2 and 8 rows: how far are the numbers apart?
+
+    python bench/invariance.py                                       # 36 short runs, about six minutes
+
+Five updates of eight rows of each stage, on the embedded toy data and a tiny model, in float32. The reference is one
+process with micro-batches of one row. Loss: the largest |a - b| / |b| of the losses in metrics.jsonl. Weights: the
+largest |a - b| of a final tensor, over the largest |b| in it. Texts: whether the same were sampled. Prints a table in
+Markdown.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from pipeline import Pipeline, arguments, metrics  # noqa: E402
+
+STAGES = dict(sft={}, rm={}, dpo={}, ppo=dict(samples_every=1, kl_target=0.5))
+
+
+def run(stage, cfg, processes):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*command, f"{stage}.py", *arguments(cfg)], cwd=ROOT, env=env, check=True, capture_output=True)
+
+
+def distance(cfg, reference):
+    """Of the losses, of the weights, and whether the sampled texts are the same."""
+    losses = [max(abs(a[name] - b[name]) / abs(b[name]) for name in b if "loss/" in name)
+              for a, b in zip(metrics(cfg), metrics(reference), strict=True)]  # fmt: skip
+    ours, theirs = (load_file(Path(c.out_dir) / "final" / "model.safetensors") for c in (cfg, reference))
+    weights = [((ours[name] - b).abs().max() / b.abs().max().clamp(min=1e-12)).item() for name, b in theirs.items()]
+    texts = [Path(c.out_dir) / "samples.jsonl" for c in (cfg, reference)]
+    if not texts[0].exists():
+        return max(losses), max(weights), ""
+    responses = [[json.loads(line)["response"] for line in path.read_text().splitlines()] for path in texts]
+    return max(losses), max(weights), "same" if responses[0] == responses[1] else "other"
+
+
+def main():
+    pipeline = Pipeline(Path(tempfile.mkdtemp(prefix="invariance-")))
+    rows = ["| stage | processes | micro-batch | loss | weights | texts |", "|---|---|---|---|---|---|"]
+    for stage, options in STAGES.items():
+        reference = None
+        for processes in (1, 2, 4):
+            for micro in (1, 2, 8):
+                name = f"{stage}_{processes}_{micro}"
+                options = dict(options, episodes=40, micro_batch_size=micro)
+                cfg = pipeline.config(importlib.import_module(stage), name, **options)
+                run(stage, cfg, processes)
+                reference = reference or cfg
+                loss, weights, texts = distance(cfg, reference)
+                rows.append(f"| {stage} | {processes} | {micro} | {loss:.1e} | {weights:.1e} | {texts} |")
+                print(rows[-1], flush=True)
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,573 @@
+"""Damaged files: a loader either loads them or raises a UserError of one line; it never crashes, hangs or fills memory.
+
+Each test takes a small valid input, damages it in ways that know its structure (values of other types, sizes and
+names, then bytes), and gives it to the loader. The damage is the same in every run. The memory that a loader may
+take beyond what is in use, and its time, are limited for real. That both outcomes occur is asserted, so that no
+test passes by refusing (or loading) everything.
+"""
+
+import contextlib
+import copy
+import faulthandler
+import itertools
+import json
+import math
+import os
+import resource
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, event, given, note, settings
+from hypothesis import strategies as st
+
+import configurator
+import data
+import dpo
+import ppo
+import rm
+import sample
+import sft
+from configurator import UserError
+from model import GPTNeoX, GPTNeoXConfig, ScalarModel
+from toy.make_data import make_tokenizer
+
+SECONDS, MEMORY = 30, 2**31  # what no load of the tiny inputs here may take; a normal one takes 10 ms and 1 MB
+FIXED_RUN = settings(derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+
+# Texts that stand for JSON which json.dumps would not write; `render` puts it in their place.
+RAW = {"@nested": "[" * 3000 + "]" * 3000, "@objects": '{"a":' * 3000 + "1" + "}" * 3000, "@digits": "9" * 5000,
+       "@1e999": "1e999", "@nothing": "", "@control": '"\x01"', "@escape": '"\\x"', "@half": '"\\ud800"',
+       "@twice": '1, "twice": 2', "@-0": "-0", "@01": "01"}  # fmt: skip
+INTS = [0, 1, -1, 2, 3, 7, 16, 255, 2**31, 2**32, 2**53 + 1, 2**63, 2**64, -(2**63) - 1, 10**12, 10**400]
+FLOATS = [0.5, -0.0, 1.0, 1.5, -0.5, 1e-320, 1e300, -1e300, math.nan, math.inf, -math.inf]
+TEXTS = ["", " ", "a", "\n", "a\nb", "a\r\u2028b", "\x00", "\ud800", "\udfff\ud800", "é", "e\u0301", "0", "1e5", "null",
+         "../x", "a" * 300, "<|endoftext|>", "<|padding|>", "default", *RAW]  # fmt: skip
+OTHERS = [None, True, False, [], {}, [[]], [{}], [None], [1, "a"], {"a": None}, {"": []}, [[["a"]]]]
+VALUES = st.one_of(*map(st.sampled_from, (INTS, FLOATS, TEXTS, OTHERS)), st.integers(-9, 9), st.text(max_size=4))
+
+
+# ---------------------------------------------------------------------------- damage
+
+
+def walk(draw, document, starts):
+    """The parent and key of a part of `document`, found from one of the paths `starts` by going down at random."""
+    parent, key = None, None
+    start = iter(draw(st.sampled_from(starts)))
+    node = document
+    while isinstance(node, (dict, list)) and node:
+        keys = list(node) if isinstance(node, dict) else range(len(node))
+        wanted = next(start, None)
+        wanted = wanted if wanted in keys else draw(st.sampled_from(keys))
+        parent, key, node = node, wanted, node[wanted]
+        if draw(st.integers(0, 3)) == 0:
+            break
+    return parent, key
+
+
+@st.composite
+def edited(draw, base, starts=((),)):
+    """`base`, a JSON document, after one to three edits of its values, keys and elements."""
+    document = [copy.deepcopy(base)]
+    for _ in range(draw(st.integers(1, 3))):
+        parent, key = walk(draw, document, [(0, *start) for start in starts])
+        if parent is None:
+            continue
+        how = draw(st.sampled_from(["value", "value", "nudge", "delete", "add", "rename", "copy"]))
+        note(f"{how} at {key!r}")
+        if how == "value":
+            parent[key] = copy.deepcopy(draw(VALUES))
+        elif how == "nudge":
+            parent[key] = nudge(draw, parent[key])
+        elif how == "copy":
+            other, place = walk(draw, document, [(0, *start) for start in starts])
+            parent[key] = copy.deepcopy(other[place])
+        elif parent is document:
+            continue
+        elif how == "delete":
+            del parent[key]
+        elif isinstance(parent, list):
+            parent.insert(key, copy.deepcopy(draw(VALUES)))
+        elif how == "add":
+            parent[draw(st.sampled_from(TEXTS))] = copy.deepcopy(draw(VALUES))
+        else:
+            parent[draw(st.sampled_from(TEXTS))] = parent.pop(key)
+    return document[0] if document else None
+
+
+def nudge(draw, value):
+    """A value near `value`, most often of the same type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return draw(st.sampled_from([value + 1, value - 1, 2 * value, value // 2, -value, value * 1.0, str(value)]))
+    if isinstance(value, str):
+        return draw(st.sampled_from([value[:-1], value + "a", value + "\n", value.upper(), value * 50, [value]]))
+    return draw(st.sampled_from([[value], {"a": value}, list(value or ()), json.dumps(value)]))
+
+
+class Content(bytes):
+    """The bytes of a file, of which a failing test shows the first."""
+
+    def __repr__(self):
+        return repr(bytes(self[:600])) + "..." * (len(self) > 600)
+
+
+def render(document):
+    """The bytes of a JSON document, with RAW's texts put in."""
+    text = json.dumps(document)
+    for name, raw in RAW.items():
+        text = text.replace(json.dumps(name), raw)
+    return Content(text.encode())
+
+
+@st.composite
+def damaged(draw, content, times=3):
+    """`content`, bytes, with one to `times` cuts, insertions and changed bytes."""
+    for _ in range(draw(st.integers(1, times))):
+        start = draw(st.integers(0, len(content)))
+        end = min(start + draw(st.sampled_from([0, 1, 1, 2, 8, 100])), len(content))
+        other = draw(st.sampled_from([b"", b"\x00", b"\xff", b'"', b"{", b"}", b",", b"1", b"\n", b"\xed\xa0\x80"]))
+        content = content[:start] + draw(st.sampled_from([other, other, content[start:end] * 2])) + content[end:]
+        if draw(st.integers(0, 5)) == 0:
+            content = content[: draw(st.integers(0, len(content)))]
+    return Content(content)
+
+
+@st.composite
+def files(draw, *bases, starts=((),)):
+    """The bytes of a damaged JSON file; every sixth has damaged bytes as well."""
+    content = render(draw(edited(draw(st.sampled_from(bases)), starts)))
+    return draw(damaged(content)) if draw(st.integers(0, 5)) == 0 else content
+
+
+# ---------------------------------------------------------------------------- the property
+
+
+class Hang(BaseException):
+    """Not an Exception, so that no loader takes it for its own."""
+
+
+@contextlib.contextmanager
+def limits(seconds=SECONDS, memory=MEMORY):
+    """Raise Hang after `seconds`, and let an allocation fail that needs more than `memory` bytes of new memory."""
+
+    def stop(*_):
+        raise Hang
+
+    before, used = resource.getrlimit(resource.RLIMIT_AS), None
+    with contextlib.suppress(OSError):  # only Linux says what is used
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    handler = signal.signal(signal.SIGALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        faulthandler.dump_traceback_later(3 * seconds, exit=True)  # a hang outside of Python, which sees no signals
+        if used and memory and before[1] == resource.RLIM_INFINITY:
+            resource.setrlimit(resource.RLIMIT_AS, (used + memory, before[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
+        signal.signal(signal.SIGALRM, handler)
+
+
+def outcome(load, memory=MEMORY):
+    """'loaded', or 'refused' with a UserError of one line; anything else fails the test."""
+    try:
+        with limits(memory=memory):
+            load()
+        return "loaded"
+    except UserError as error:
+        line = str(error)
+    except Hang:
+        raise AssertionError(f"not done after {SECONDS} seconds") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        raise AssertionError(f"{type(error).__name__}: {str(error)[:300]}") from error
+    assert line.strip() and line.splitlines() == [line], f"not one line: {line!r}"
+    return "refused"
+
+
+def fuzz(cases, load, examples, memory=MEMORY):
+    """Give `examples` of the strategy `cases` to `load`; each is loaded or refused, and both happen."""
+    seen = Counter()
+
+    @settings(FIXED_RUN, max_examples=examples)
+    @given(cases)
+    def run(case):
+        kind = outcome(lambda: load(case), memory)
+        event(kind)
+        seen[kind] += 1
+
+    run()
+    assert min(seen["loaded"], seen["refused"]) >= examples / 20, f"not much of a test: {seen}"
+
+
+# ---------------------------------------------------------------------------- tokenizer.json
+
+
+TOKENIZER = make_tokenizer()
+SAMPLE = "SUBREDDIT: r/pets\n\nTITLE: é e\u0301\n\nPOST:   Anna's 12 \x00\xff \ud800<|endoftext|>     哈\nTL;DR:"
+
+
+def read_tokenizer(path):
+    """Load, encode and decode: whatever loads must give ids below its own n_vocab, and take any text."""
+    tokenizer = data.Tokenizer.load(str(path))
+    for text in ("", SAMPLE, "".join(map(chr, range(1, 400)))):
+        ids = [*tokenizer.encode(text), tokenizer.eos_id]
+        assert all(type(id) is int and 0 <= id < tokenizer.n_vocab for id in ids), ids
+        assert isinstance(tokenizer.decode(ids), str)
+
+
+def test_tokenizer_json(tmp_path):
+    """Its vocabulary, merges and added tokens, with ids of all kinds, missing bytes and odd contents."""
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(render(TOKENIZER))
+    assert outcome(lambda: read_tokenizer(path)) == "loaded"
+
+    def load(content):
+        path.write_bytes(content)
+        read_tokenizer(path)
+
+    starts = [(), ("model",), ("model", "vocab"), ("model", "merges"), ("added_tokens",), ("pre_tokenizer",)]
+    fuzz(files(TOKENIZER, starts=starts), load, 400)
+
+
+# ---------------------------------------------------------------------------- a model's directory
+
+
+TINY = GPTNeoXConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+KINDS = (GPTNeoX, ScalarModel)
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F4": 1}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A directory of each kind of model, by the kind."""
+    directories = {kind: tmp_path_factory.mktemp(kind.__name__) for kind in KINDS}
+    for kind, directory in directories.items():
+        model = kind(TINY)
+        model.save_pretrained(directory)
+        assert outcome(lambda kind=kind, directory=directory: use_model(kind, directory)) == "loaded"
+    return directories
+
+
+def use_model(kind, directory):
+    """Load a model and run it on one token: a model that loads must fit itself."""
+    kind.from_pretrained(str(directory))(torch.tensor([[0]]))
+
+
+def all_of(models, name, base):
+    """A loader that writes file `name` to each directory, and loads the models."""
+
+    def load(content):
+        for kind, directory in models.items():
+            (directory / name).write_bytes(content)
+            if name == "config.json":
+                GPTNeoXConfig.from_directory(str(directory))
+            use_model(kind, directory)
+
+    return load
+
+
+def config_bases(directory):
+    """config.json as this project writes it, and as transformers 5 does."""
+    ours = json.loads((directory / "config.json").read_text())
+    rope = dict(rope_type="default", rope_theta=ours["rotary_emb_base"], partial_rotary_factor=ours["rotary_pct"])
+    theirs = {key: value for key, value in ours.items() if not key.startswith("rotary")}
+    return ours, {**theirs, "rope_parameters": rope}
+
+
+@pytest.fixture
+def copies(models, tmp_path):
+    """Copies of the models' directories, free to be damaged."""
+    directories = {kind: tmp_path / kind.__name__ for kind in models}
+    for kind, directory in directories.items():
+        directory.mkdir()
+        for path in models[kind].iterdir():
+            (directory / path.name).write_bytes(path.read_bytes())
+    return directories
+
+
+def test_config_json(copies):
+    """Sizes, fractions and flags of all kinds, also those under transformers 5's names."""
+    bases = config_bases(copies[GPTNeoX])
+    load = all_of(copies, "config.json", None)
+    for base in bases:
+        assert outcome(lambda base=base: load(render(base))) == "loaded"
+    fuzz(files(*bases, starts=[(), (), ("rope_parameters",)]), load, 500)
+
+
+HUGE = [name for name, value in vars(TINY).items() if type(value) is int and name in GPTNeoXConfig.__annotations__]
+
+
+@pytest.mark.parametrize("size", [10**5, 10**9, 10**12, 2**62, 10**400], ids=["1e5", "1e9", "1e12", "2^62", "1e400"])
+@pytest.mark.parametrize("name", [name for name in HUGE if name not in ("max_position_embeddings", "eos_token_id")])
+def test_a_huge_model_is_refused_before_it_is_built(copies, name, size):
+    """A config.json that asks for more than its weights hold costs neither minutes nor gigabytes."""
+    base, _ = config_bases(copies[GPTNeoX])
+    content = render({**base, name: size})
+    assert outcome(lambda: all_of(copies, "config.json", None)(content)) == "refused"
+
+
+# ---------------------------------------------------------------------------- safetensors
+
+
+def parse_safetensors(content):
+    """The tensors of a valid file: a list of [name, dtype, shape, bytes]."""
+    length = int.from_bytes(content[:8], "little")
+    header, body = json.loads(content[8 : 8 + length]), content[8 + length :]
+    header.pop("__metadata__")
+    return [[name, x["dtype"], x["shape"], body[slice(*x["data_offsets"])]] for name, x in header.items()]
+
+
+def build(tensors):
+    """A header and values in which each tensor's bytes follow those of the one before."""
+    ends = list(itertools.accumulate(len(values) for *_, values in tensors))
+    header = {name: {"dtype": dtype, "shape": shape, "data_offsets": [end - len(values), end]}
+              for (name, dtype, shape, values), end in zip(tensors, ends)}  # fmt: skip
+    return header, b"".join(values for *_, values in tensors)
+
+
+def join(header, body, length=None):
+    return Content((len(header) if length is None else length).to_bytes(8, "little") + header + body)
+
+
+BUFFER = "gpt_neox.layers.0.attention.bias"
+
+
+@st.composite
+def edited_tensors(draw, base):
+    """A valid file of other tensors: names, dtypes, shapes, values, order and number may have changed."""
+    tensors = copy.deepcopy(base)
+    for _ in range(draw(st.integers(1, 2))):
+        index = draw(st.integers(0, len(tensors) - 1))
+        name, dtype, shape, values = tensors[index]
+        other = draw(st.sampled_from([*TEXTS, BUFFER, tensors[0][0], name + "\n", name[:-1]]))
+        how = draw(st.sampled_from(["drop", "name", "dtype", "dtype", "shape", "values", "add", "order", "half"]))
+        if how == "drop" and len(tensors) > 1:
+            tensors.pop(index)
+        elif how == "name":
+            tensors[index][0] = other
+        elif how == "dtype":
+            new = draw(st.sampled_from(list(SIZES)))
+            tensors[index][1:] = [new, shape, bytes(SIZES[new] * math.prod(shape))]
+        elif how == "half":
+            tensors[index][1:] = [dtype.replace("F32", "BF16"), shape, values[: len(values) // 2]]
+        elif how == "shape":
+            tensors[index][2] = draw(st.sampled_from([shape[::-1], [math.prod(shape)], [*shape, 1], [1, *shape], []]))
+        elif how == "values":
+            value = draw(st.sampled_from([bytes(4), b"\xff" * 4, b"\x00\x00\x80\x7f", b"\x00\x00\x80\xff"]))
+            tensors[index][3] = value + values[4:]
+        elif how == "add":
+            shape = draw(st.sampled_from([[0], [0, 2**40], [2, 0], [1], []]))
+            tensors.append([other, "F32", shape, bytes(4 * math.prod(shape))])
+        elif how == "order":
+            tensors.insert(0, tensors.pop())
+    return tensors
+
+
+@st.composite
+def safetensors(draw, base):
+    """A damaged file: tensors changed as a whole, or header, header's length or bytes changed."""
+    how = draw(st.sampled_from(["tensors", "tensors", "header", "length", "bytes", "twice"]))
+    header, body = build(draw(edited_tensors(base)) if how == "tensors" else base)
+    if how == "header":
+        metadata = draw(st.sampled_from([{}, {"__metadata__": {"format": "pt"}}]))
+        names = [(name, key) for name in header for key in header[name]]
+        header = draw(edited({**metadata, **header}, [(), *names]))
+    text = render(header)
+    if how == "twice":
+        name = draw(st.sampled_from(list(header)))
+        text = render({name: header[draw(st.sampled_from(list(header)))]})[:-1] + b"," + text[1:]
+    length = len(text)
+    if how == "length":
+        odd = st.sampled_from([0, 1, 7, 8, length - 1, length + 1, length + 8, 2**20, 2**31, 2**40, 2**63, 2**64 - 1])
+        length = draw(odd)
+        text += draw(st.sampled_from([b"", b"", b" ", b" " * 8, b"\x00"]))
+    content = join(text, body, length)
+    return draw(damaged(content)) if how == "bytes" or draw(st.integers(0, 5)) == 0 else content
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_safetensors(copies, kind):
+    """Header, its length, names, dtypes, shapes, offsets and values."""
+    directory = copies[kind]
+    path = directory / "model.safetensors"
+    base = parse_safetensors(path.read_bytes())
+    header, body = build(base)
+
+    def load(content):
+        path.write_bytes(content)
+        use_model(kind, directory)
+
+    assert outcome(lambda: load(join(render(header), body))) == "loaded"
+    fuzz(safetensors(base), load, 400)
+
+
+def test_safetensors_index(copies):
+    """File names and tensor names of a model in two files."""
+    directory = copies[GPTNeoX]
+    path = directory / "model.safetensors"
+    tensors, parts = parse_safetensors(path.read_bytes()), {}
+    path.unlink()
+    for number, part in enumerate((tensors[::2], tensors[1::2])):
+        name = f"model-{number + 1}-of-2.safetensors"
+        header, body = build(part)
+        (directory / name).write_bytes(join(render(header), body))
+        parts |= {tensor: name for tensor, *_ in part}
+    index = {"metadata": {"total_size": len(body)}, "weight_map": parts}
+
+    def load(content):
+        (directory / "model.safetensors.index.json").write_bytes(content)
+        use_model(GPTNeoX, directory)
+
+    assert outcome(lambda: load(render(index))) == "loaded"
+    names = [*TEXTS, "config.json", ".", "..", "model-1-of-2.safetensors", "/model-2-of-2.safetensors"]
+    odd = st.tuples(st.sampled_from(list(parts)), st.sampled_from(names)).map(lambda edit: dict([edit]))
+    moved = odd.map(lambda edit: render({**index, "weight_map": {**parts, **edit}}))
+    fuzz(files(index, starts=[(), ("weight_map",)]) | moved, load, 300)
+
+
+# ---------------------------------------------------------------------------- rows
+
+
+POST = {"subreddit": "pets", "title": "is this normal", "post": "Anna danced.\nit was dawn."}
+CHAT = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "Anna"}]
+OTHER = [CHAT[0], {"role": "assistant", "content": "nobody"}]
+ROWS = {
+    "post": {**POST, "summary": "Anna danced"},
+    "article": {"article": "Anna danced. " * 3, "summary": "Anna danced"},
+    "pair": {"info": POST, "choice": 0, "batch": "7", "extra": {"confidence": 8},
+             "summaries": [{"text": " Anna", "policy": "x"}, {"text": " a dog", "policy": "y"}]},
+    "article pair": {"info": {"article": "Anna danced."}, "choice": 1, "target": 0.75,
+                     "summaries": [{"text": " Anna"}, {"text": " a dog"}]},
+    "completion": {"prompt": "who?", "completion": " Anna"},
+    "preference": {"prompt": "who?", "chosen": " Anna", "rejected": " nobody", "target": 0.25},
+    "transcripts": {"chosen": "\n\nHuman: who?\n\nAssistant: Anna", "rejected": "\n\nHuman: who?\n\nAssistant: nobody"},
+    "chats": {"chosen": CHAT, "rejected": OTHER},
+    "chat prompt": {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": OTHER[1:]},
+    "ranking": {"prompt": "who?", "responses": [" Anna", " she", " nobody"], "target": 1},
+}  # fmt: skip
+OPTIONS = [dict(n_responses=0), dict(n_responses=1), dict(n_responses=2), dict(n_responses=2, ranked=True),
+           dict(n_responses=1, max_length=60, drop_long=True), dict(n_responses=0, max_query_tokens=5)]  # fmt: skip
+
+
+@st.composite
+def jsonl(draw, base):
+    """The bytes of one to three rows like `base`, most of them damaged, and how to load them."""
+    whole = render(base)
+    odd = st.one_of(*[edited(base).map(render)] * 4, st.sampled_from(["target", "batch", *base]).flatmap(
+        lambda key: VALUES.map(lambda value: render({**base, key: value}))))  # fmt: skip
+    lines = draw(st.lists(odd | st.just(whole), min_size=1, max_size=3))
+    content = b"\n".join(line.replace(b"\n", b" ") for line in lines) + b"\n"
+    options = draw(st.sampled_from(OPTIONS))
+    return draw(damaged(content)) if draw(st.integers(0, 5)) == 0 else content, options
+
+
+@pytest.fixture
+def read_rows(tmp_path, monkeypatch):
+    """A function of the bytes of a jsonl file and of options, that loads the rows and looks at each."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)  # it asks the network
+    (tmp_path / "tokenizer.json").write_bytes(render(TOKENIZER))
+    tokenizer, number = data.Tokenizer.load(str(tmp_path)), itertools.count()
+
+    def read(case):
+        content, options = case
+        path = tmp_path / f"{next(number)}.jsonl"  # a new name each, since `datasets` remembers files
+        path.write_bytes(content)
+        rows = data.load_rows(str(path), "train", tokenizer, **options)
+        assert len(rows)
+        for row in rows:
+            assert row["query"] and len(row["responses"]) >= options["n_responses"]
+            assert all(0 <= id < tokenizer.n_vocab for ids in (row["query"], *row["responses"]) for id in ids)
+
+    return read
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows(read_rows, name):
+    """Each schema: missing keys, nulls, other types, nested and huge values, odd escapes, bytes that are no JSON."""
+    needed = min(2, sum(key in ROWS[name] for key in ("summary", "completion")) or 2)
+    whole = render(ROWS[name]) + b"\n"
+    for options in OPTIONS:
+        fits = options["n_responses"] <= needed and "max_query_tokens" not in options
+        assert not fits or outcome(lambda options=options: read_rows((whole * 2, options)), None) == "loaded"
+    fuzz(jsonl(ROWS[name]), read_rows, 80, memory=None)
+
+
+# ---------------------------------------------------------------------------- configuration
+
+
+STAGES = (sft, rm, ppo, dpo, sample)
+KEYS = sorted({key for stage in STAGES for key in stage.Config.__dataclass_fields__})
+# values as they may stand behind `key =` in a file; none of them costs time to compute
+LITERALS = ["1", "0", "-1", "1e-5", "1_000", "0x10", "1e999", "-1e999", "1e999 - 1e999", "10**400", "10**5000", "-10**5000",
+            "1.5", "True", "None", "...", "1j", "''", "'cosine'", "'cpu'", "'a\\nb'", "'\\ud800'", "'\\0'", "b'a'", "[]",
+            "[1, [2]]", "{}", "{1: 2}", "(1,)", "()", "lambda: 0", "lr", "seed * 2", "out_dir + '/x'", "nothing", "1 / 0",
+            "'a' + 1", "[" * 150 + "]" * 150, "[" * 3000 + "]" * 3000, "-" * 3000 + "1", "'" + "a" * 3000 + "'", "", "1e", "'a",
+            "(", "1 if", "é", "\ud800", "\x00", "0777", "__import__('numpy').zeros((2, 2))"]  # fmt: skip
+ARGUMENTS = ["", "1", "0", "-1", "1e-5", "1_000", "１", "0x10", "inf", "nan", "1e999", "9" * 5000, "true", "Off", "None", " 1 ",
+             "cosine", "COSINE", "cpu", "a\nb", "\n", "\udcff", "é", "=", "--", "'", "{split}", "out/x"]  # fmt: skip
+NAMES = st.sampled_from([*KEYS, "batchsize", "_own", "x", "é", "class"])
+
+
+@st.composite
+def config_files(draw):
+    """The bytes of a config file of assignments, their values (or what stands between) damaged."""
+    signs = st.sampled_from(["="] * 9 + ["==", ":", ": float =", "+=", " ", "= seed ="])
+    assignment = st.builds("{} {} {}".format, NAMES, signs, st.sampled_from(LITERALS))
+    line = st.one_of(assignment, assignment, st.sampled_from(["", "# é", '"""text"""', "import math", "  seed = 1"]))
+    text = "".join(f"{part}\n" for part in draw(st.lists(line, max_size=3)))
+    return text.encode("utf-8", "surrogatepass")
+
+
+@st.composite
+def valid_arguments(draw, stage):
+    """--key=value with the default of the key."""
+    default = stage.Config()
+    keys = draw(st.lists(st.sampled_from(sorted(vars(default))), max_size=2))
+    return [f"--{key}={getattr(default, key)}" for key in keys]
+
+
+@st.composite
+def arguments(draw):
+    """A command line with one argument or two that have odd keys or values. None can hold a NUL byte."""
+    stage = draw(st.sampled_from(STAGES))
+    words = st.builds("{}{}{}{}".format, st.sampled_from(["--"] * 9 + ["-", "--no-", "---"]), NAMES,
+                      st.sampled_from(["=", "=", "=", "", " ", "\n", "=="]), st.sampled_from(ARGUMENTS))  # fmt: skip
+    odd = draw(st.lists(words | st.sampled_from(["-", "--", "--=1", "--\n", "-x\ny"]), max_size=2))
+    return stage.Config, draw(valid_arguments(stage)) + odd
+
+
+def test_config_file(tmp_path):
+    """Every kind of literal, and text that is no Python, on the right of each field's name."""
+    path = tmp_path / "config.py"
+
+    def load(case):
+        stage, content = case
+        path.write_bytes(content)
+        configurator.configure(stage.Config, [str(path)])
+
+    assert outcome(lambda: load((sft, b"lr = 1e-5\nbatch_size = 8\n"))) == "loaded"
+    fuzz(st.tuples(st.sampled_from(STAGES), config_files()), load, 800)
+
+
+def test_command_line(tmp_path):
+    """Keys and values that a shell can pass on: a text without NUL, with bytes that are no UTF-8 as surrogates."""
+    assert outcome(lambda: configurator.configure(sft.Config, ["--lr=1e-5", "--scratch"])) == "loaded"
+    fuzz(arguments(), lambda case: configurator.configure(*case), 800)
+
+
+@pytest.mark.parametrize("name", ["none.py", "a\nb.py", "", "\udcff", "a" * 300, "directory"])
+def test_config_path(tmp_path, name):
+    """A path of a config file that is not there, or is no file."""
+    (tmp_path / "directory").mkdir()
+    assert outcome(lambda: configurator.configure(sft.Config, [str(tmp_path) + "/" + name])) == "refused"
