@@ -225,9 +225,8 @@ def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_t
             return {**parsed, "responses": responses, "length": len(query) + longest}
 
     # the code is part of the key: a changed format must not read an old cache
-    key = repr((raw._fingerprint, max_query_tokens, n_responses, ranked))
-    for path in (__file__, tokenizer.path):
-        key += Path(path).read_text(encoding="utf-8")
+    code = [Path(path).read_bytes() for path in (__file__, tokenizer.path)]
+    key = repr((raw._fingerprint, max_query_tokens, n_responses, ranked, code))
     fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
     rows = raw.map(tokenise, with_indices=True, remove_columns=raw.column_names, new_fingerprint=fingerprint)
     lengths = np.asarray(rows["length"])
@@ -247,9 +246,8 @@ def read_split(source, split):
     name = split.split("[")[0]  # of "train[:100]"
     path = source.replace("{split}", name)
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(path).suffix)
-    files = {"data_files": {name: path}} if kind else {}
     with explain(f"{path} [{split}]: cannot be loaded; check path, split and file", Exception):
-        return datasets.load_dataset(kind or path, split=split, **files)
+        return datasets.load_dataset(kind or path, split=split, data_files={name: path} if kind else None)
 
 
 # ---------------------------------------------------------------------------- batches

@@ -326,10 +326,9 @@ def weight_files(directory):
     """Map each stored tensor's name to its file: by the index if there is one, else all of model.safetensors."""
     index = os.path.join(directory, "model.safetensors.index.json")
     if os.path.exists(index):
-        weight_map = read_json(index).get("weight_map")
-        fits = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
-        require(fits, f"{index}: has no weight_map from tensor to file name; download it again")
-        return {name: os.path.join(directory, os.path.basename(file)) for name, file in weight_map.items()}
+        with explain(f"{index}: no weight_map; download it again", LookupError, TypeError, AttributeError):
+            names = read_json(index)["weight_map"].items()
+            return {name: os.path.join(directory, os.path.basename(file)) for name, file in names}
     single = os.path.join(directory, "model.safetensors")
     return dict.fromkeys(open_weights(single).keys(), single)
 
@@ -360,8 +359,7 @@ def load_weights(model, directory, new_head=False):
             shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
         fits, wanted = shape == tensor.shape and dtype in ("F16", "BF16", "F32"), tuple(tensor.shape)
         require(fits, f"{path}: {name} is {dtype} of shape {shape}, but config.json asks for floats of shape {wanted}")
-        finite = copy_rows(tensor, stored).isfinite().all()
-        require(finite, f"{path}: {name} has values that are not finite; copy the file again")
+        require(copy_rows(tensor, stored).isfinite().all(), f"{path}: {name} is not finite everywhere; copy it again")
 
 
 def copy_rows(tensor, source):
@@ -381,8 +379,7 @@ def full(tensor):
 
 def read_json(path):
     """Read a JSON object; raises UserError if `path` is missing or holds something else."""
-    wrong = (OSError, ValueError, RecursionError)
-    with explain(f"{path}: cannot be read as JSON; check the path or copy the file again", *wrong):
+    with explain(f"{path}: cannot be read as JSON; check it or copy it again", OSError, ValueError, RecursionError):
         values = json.loads(Path(path).read_bytes())
     require(isinstance(values, dict), f"{path}: holds a {type(values).__name__}, not a JSON object; copy it again")
     return values

@@ -6,6 +6,7 @@ All randomness is a pure function of (seed, step, row), so there is no generator
 
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -141,9 +142,8 @@ class Run:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.is_main, shards = self.rank == 0, cfg.shard_size or self.size
         require(self.size % shards == 0, f"shard_size {shards} does not divide the {self.size} processes; lower it")
-        grid, names = (self.size // shards, shards), ("replicas", "shards")
-        flat = int(shards == self.size)
-        self.mesh = dist.init_device_mesh(kind, grid[flat:], mesh_dim_names=names[flat:])
+        mesh = dist.init_device_mesh(kind, (self.size // shards, shards), mesh_dim_names=("replicas", "shards"))
+        self.mesh = mesh if shards < self.size else mesh["shards"]
 
     # ---- rows: who computes what, and how all learn the result
 
@@ -308,6 +308,7 @@ def load_model(run, cls, source, trainable=False, random=None):
             of a model of the other kind, with "" all are drawn.
     """
     directory = find_model(source)
+    gc.collect()  # FSDP's modules are in cycles: a model that is no longer used goes before the next one comes
     with torch.device("meta"):
         model = cls(GPTNeoXConfig.from_directory(directory))
     size, n_vocab = model.config.vocab_size, run.tokenizer.n_vocab

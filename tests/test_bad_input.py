@@ -113,7 +113,7 @@ CASES = {
     "integer tensor": (dpo, lambda d: edit_weights(d / "sft/final", put(NORM, torch.ones(32, dtype=torch.int32))),
                        f"{NORM}.*I32"),
     "NaN tensor": (dpo, lambda d: edit_weights(d / "sft/final", put(NORM, torch.full((32,), float("nan")))),
-                   f"{NORM}.*not finite"),
+                   f"{NORM} is not finite"),
     "reward model as a policy": (ppo, lambda d: dict(model=str(d / "rm/final")), "missing embed_out.weight"),
     "policy as a reward model": (ppo, lambda d: dict(reward_model=str(d / "sft/final")), "missing score"),
     "missing data": (sft, lambda d: dict(data=str(d / "no_{split}.jsonl")), "no_train.jsonl"),

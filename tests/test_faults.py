@@ -92,7 +92,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(pipeline, number):
 def test_a_second_signal_ends_at_once(pipeline):
     """Inside an update that would take minutes."""
     cfg = pipeline.config(ppo, "impatient", reward_model="")
-    code = f"import ppo, time; ppo.main(ppo.{cfg!r}, score=lambda *texts: print('scoring', flush=True) or time.sleep(600))"
+    score = "lambda *texts: print('scoring', flush=True) or time.sleep(600)"
+    code = f"import ppo, time; ppo.main(ppo.{cfg!r}, score={score})"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=ENV, stdout=subprocess.PIPE, text=True)
     while process.stdout.readline() != "scoring\n":
         pass
@@ -126,9 +127,9 @@ def test_a_rank_that_fails_ends_the_job_with_its_traceback(pipeline, tmp_path):
     cfg = pipeline.config(ppo, "failing_rank", reward_model="")
     score = "lambda queries, responses: [1 / (1 - int(os.environ['RANK']))] * len(queries)"
     (tmp_path / "fail.py").write_text(f"import os, ppo\nppo.main(ppo.{cfg!r}, score={score})\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "fail.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     env = {**ENV, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    result = subprocess.run([*command, tmp_path / "fail.py"], env=env, capture_output=True, text=True, timeout=120)
     assert result.returncode != 0 and "ZeroDivisionError" in result.stderr
 
 
@@ -212,7 +213,7 @@ def test_chosen_checkpoints_are_kept(pipeline):
 def test_every_stage_can_be_stopped(pipeline, name, options, monkeypatch, capsys):
     """By a signal in the second of four updates."""
     stage = importlib.import_module(name)
-    alone, stopped = (pipeline.config(stage, f"{name}_{which}", episodes=32, **options) for which in ("alone", "stopped"))
+    alone, stopped = (pipeline.config(stage, f"{name}_{kind}", episodes=32, **options) for kind in ("alone", "stopped"))
     stage.main(alone)
     log = runtime.Run.log
 
@@ -339,3 +340,14 @@ def test_another_configuration_can_be_accepted(pipeline, broken):
     assert now["lr"] == 1e-4 and "accept_changes" not in now
     changed.accept_changes = False
     sft.main(changed)  # from now on it is the run's own
+
+
+def test_torchrun_passes_a_signal_on(pipeline):
+    """torchrun itself ends with an error then; its processes have saved, and the same command goes on."""
+    cfg = pipeline.config(sft, "forwarded", episodes=80_000, eval_split="")
+    process = start("sft", cfg, 2)
+    wait_for_rows(cfg, 2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    step = len(metrics(cfg))
+    assert f"stopped after update {step}; the same command goes on" in output and checkpoints(cfg) == [f"step_{step}"]

@@ -9,9 +9,11 @@ test passes by refusing (or loading) everything.
 import contextlib
 import copy
 import faulthandler
+import functools
 import itertools
 import json
 import math
+import operator
 import os
 import resource
 import signal
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, event, given, note, settings
+from hypothesis import HealthCheck, assume, event, given, note, settings
 from hypothesis import strategies as st
 
 import configurator
@@ -38,18 +40,23 @@ SECONDS, MEMORY = 30, 2**31  # what no load of the tiny inputs here may take; a 
 FIXED_RUN = settings(derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 
 # Texts that stand for JSON which json.dumps would not write; `render` puts it in their place.
-RAW = {"@nested": "[" * 3000 + "]" * 3000, "@objects": '{"a":' * 3000 + "1" + "}" * 3000, "@digits": "9" * 5000,
-       "@1e999": "1e999", "@nothing": "", "@control": '"\x01"', "@escape": '"\\x"', "@half": '"\\ud800"',
-       "@twice": '1, "twice": 2', "@-0": "-0", "@01": "01"}  # fmt: skip
+RAW = {"@nested": "[" * 3000 + "]" * 3000, "@objects": '{"a":' * 3000 + "1" + "}" * 3000,
+       "@deep": "[" * 500 + "]" * 500, "@digits": "9" * 5000, "@1e999": "1e999", "@nothing": "", "@control": '"\x01"',
+       "@escape": '"\\x"', "@half": '"\\ud800"', "@twice": '1, "twice": 2', "@-0": "-0", "@01": "01"}  # fmt: skip
 INTS = [0, 1, -1, 2, 3, 7, 16, 255, 2**31, 2**32, 2**53 + 1, 2**63, 2**64, -(2**63) - 1, 10**12, 10**400]
 FLOATS = [0.5, -0.0, 1.0, 1.5, -0.5, 1e-320, 1e300, -1e300, math.nan, math.inf, -math.inf]
 TEXTS = ["", " ", "a", "\n", "a\nb", "a\r\u2028b", "\x00", "\ud800", "\udfff\ud800", "é", "e\u0301", "0", "1e5", "null",
-         "../x", "a" * 300, "<|endoftext|>", "<|padding|>", "default", *RAW]  # fmt: skip
+         "../x", "a" * 300, "<|endoftext|>", "<|padding|>", "default"]  # fmt: skip
 OTHERS = [None, True, False, [], {}, [[]], [{}], [None], [1, "a"], {"a": None}, {"": []}, [[["a"]]]]
-VALUES = st.one_of(*map(st.sampled_from, (INTS, FLOATS, TEXTS, OTHERS)), st.integers(-9, 9), st.text(max_size=4))
+VALUES = st.sampled_from([INTS, INTS, FLOATS, FLOATS, TEXTS, TEXTS, OTHERS, OTHERS, list(RAW)]).flatmap(st.sampled_from)
 
 
 # ---------------------------------------------------------------------------- damage
+
+
+def rarely(draw, times):
+    """True once in so many times. (Values at an end of a range are drawn more often.)"""
+    return draw(st.integers(0, times - 1)) == times // 2
 
 
 def walk(draw, document, starts):
@@ -62,7 +69,7 @@ def walk(draw, document, starts):
         wanted = next(start, None)
         wanted = wanted if wanted in keys else draw(st.sampled_from(keys))
         parent, key, node = node, wanted, node[wanted]
-        if draw(st.integers(0, 3)) == 0:
+        if parent is not document and rarely(draw, 4):
             break
     return parent, key
 
@@ -70,6 +77,8 @@ def walk(draw, document, starts):
 @st.composite
 def edited(draw, base, starts=((),)):
     """`base`, a JSON document, after one to three edits of its values, keys and elements."""
+    if rarely(draw, 20):
+        return copy.deepcopy(draw(VALUES))
     document = [copy.deepcopy(base)]
     for _ in range(draw(st.integers(1, 3))):
         parent, key = walk(draw, document, [(0, *start) for start in starts])
@@ -102,7 +111,7 @@ def nudge(draw, value):
     if isinstance(value, bool):
         return not value
     if isinstance(value, (int, float)):
-        return draw(st.sampled_from([value + 1, value - 1, 2 * value, value // 2, -value, value * 1.0, str(value)]))
+        return draw(st.sampled_from([value + 1, value - 1, 2 * value, value // 2, -value, str(value)[:9]]))
     if isinstance(value, str):
         return draw(st.sampled_from([value[:-1], value + "a", value + "\n", value.upper(), value * 50, [value]]))
     return draw(st.sampled_from([[value], {"a": value}, list(value or ()), json.dumps(value)]))
@@ -131,7 +140,7 @@ def damaged(draw, content, times=3):
         end = min(start + draw(st.sampled_from([0, 1, 1, 2, 8, 100])), len(content))
         other = draw(st.sampled_from([b"", b"\x00", b"\xff", b'"', b"{", b"}", b",", b"1", b"\n", b"\xed\xa0\x80"]))
         content = content[:start] + draw(st.sampled_from([other, other, content[start:end] * 2])) + content[end:]
-        if draw(st.integers(0, 5)) == 0:
+        if rarely(draw, 6):
             content = content[: draw(st.integers(0, len(content)))]
     return Content(content)
 
@@ -140,7 +149,7 @@ def damaged(draw, content, times=3):
 def files(draw, *bases, starts=((),)):
     """The bytes of a damaged JSON file; every sixth has damaged bytes as well."""
     content = render(draw(edited(draw(st.sampled_from(bases)), starts)))
-    return draw(damaged(content)) if draw(st.integers(0, 5)) == 0 else content
+    return draw(damaged(content)) if rarely(draw, 6) else content
 
 
 # ---------------------------------------------------------------------------- the property
@@ -261,14 +270,13 @@ def use_model(kind, directory):
     kind.from_pretrained(str(directory))(torch.tensor([[0]]))
 
 
-def all_of(models, name, base):
-    """A loader that writes file `name` to each directory, and loads the models."""
+def config_loader(directories):
+    """A function of the bytes of a config.json, that loads the model of each directory with it."""
 
     def load(content):
-        for kind, directory in models.items():
-            (directory / name).write_bytes(content)
-            if name == "config.json":
-                GPTNeoXConfig.from_directory(str(directory))
+        for kind, directory in directories.items():
+            (directory / "config.json").write_bytes(content)
+            GPTNeoXConfig.from_directory(str(directory))
             use_model(kind, directory)
 
     return load
@@ -296,22 +304,22 @@ def copies(models, tmp_path):
 def test_config_json(copies):
     """Sizes, fractions and flags of all kinds, also those under transformers 5's names."""
     bases = config_bases(copies[GPTNeoX])
-    load = all_of(copies, "config.json", None)
+    load = config_loader(copies)
     for base in bases:
         assert outcome(lambda base=base: load(render(base))) == "loaded"
     fuzz(files(*bases, starts=[(), (), ("rope_parameters",)]), load, 500)
 
 
-HUGE = [name for name, value in vars(TINY).items() if type(value) is int and name in GPTNeoXConfig.__annotations__]
+SHAPE = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
 
 
 @pytest.mark.parametrize("size", [10**5, 10**9, 10**12, 2**62, 10**400], ids=["1e5", "1e9", "1e12", "2^62", "1e400"])
-@pytest.mark.parametrize("name", [name for name in HUGE if name not in ("max_position_embeddings", "eos_token_id")])
+@pytest.mark.parametrize("name", SHAPE)
 def test_a_huge_model_is_refused_before_it_is_built(copies, name, size):
     """A config.json that asks for more than its weights hold costs neither minutes nor gigabytes."""
     base, _ = config_bases(copies[GPTNeoX])
     content = render({**base, name: size})
-    assert outcome(lambda: all_of(copies, "config.json", None)(content)) == "refused"
+    assert outcome(lambda: config_loader(copies)(content)) == "refused"
 
 
 # ---------------------------------------------------------------------------- safetensors
@@ -374,7 +382,7 @@ def edited_tensors(draw, base):
 @st.composite
 def safetensors(draw, base):
     """A damaged file: tensors changed as a whole, or header, header's length or bytes changed."""
-    how = draw(st.sampled_from(["tensors", "tensors", "header", "length", "bytes", "twice"]))
+    how = draw(st.sampled_from(["tensors"] * 5 + ["header"] * 2 + ["length", "bytes", "twice"]))
     header, body = build(draw(edited_tensors(base)) if how == "tensors" else base)
     if how == "header":
         metadata = draw(st.sampled_from([{}, {"__metadata__": {"format": "pt"}}]))
@@ -390,7 +398,7 @@ def safetensors(draw, base):
         length = draw(odd)
         text += draw(st.sampled_from([b"", b"", b" ", b" " * 8, b"\x00"]))
     content = join(text, body, length)
-    return draw(damaged(content)) if how == "bytes" or draw(st.integers(0, 5)) == 0 else content
+    return draw(damaged(content)) if how == "bytes" or rarely(draw, 10) else content
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -428,9 +436,9 @@ def test_safetensors_index(copies):
 
     assert outcome(lambda: load(render(index))) == "loaded"
     names = [*TEXTS, "config.json", ".", "..", "model-1-of-2.safetensors", "/model-2-of-2.safetensors"]
-    odd = st.tuples(st.sampled_from(list(parts)), st.sampled_from(names)).map(lambda edit: dict([edit]))
+    odd = st.tuples(st.sampled_from([*parts, BUFFER, "a\nb"]), st.sampled_from(names)).map(lambda edit: dict([edit]))
     moved = odd.map(lambda edit: render({**index, "weight_map": {**parts, **edit}}))
-    fuzz(files(index, starts=[(), ("weight_map",)]) | moved, load, 300)
+    fuzz(files(index, starts=[(), ("metadata",), ("weight_map",)]) | moved, load, 300)
 
 
 # ---------------------------------------------------------------------------- rows
@@ -460,13 +468,28 @@ OPTIONS = [dict(n_responses=0), dict(n_responses=1), dict(n_responses=2), dict(n
 @st.composite
 def jsonl(draw, base):
     """The bytes of one to three rows like `base`, most of them damaged, and how to load them."""
-    whole = render(base)
-    odd = st.one_of(*[edited(base).map(render)] * 4, st.sampled_from(["target", "batch", *base]).flatmap(
-        lambda key: VALUES.map(lambda value: render({**base, key: value}))))  # fmt: skip
-    lines = draw(st.lists(odd | st.just(whole), min_size=1, max_size=3))
-    content = b"\n".join(line.replace(b"\n", b" ") for line in lines) + b"\n"
-    options = draw(st.sampled_from(OPTIONS))
-    return draw(damaged(content)) if draw(st.integers(0, 5)) == 0 else content, options
+    rows = [copy.deepcopy(base) for _ in range(draw(st.integers(1, 3)))]
+    if draw(st.booleans()):  # one value of each row, at the same place: a column of several types
+        base = {**base, "target": 0.5, "batch": "a", "extra": {"confidence": 1}}
+        rows, places = [copy.deepcopy(base) for _ in rows], list(leaves(base))
+        place = draw(st.sampled_from(places))
+        for row in rows:
+            if draw(st.integers(0, 3)):
+                functools.reduce(operator.getitem, place[:-1], row)[place[-1]] = copy.deepcopy(draw(VALUES))
+    else:
+        rows = [draw(edited(row)) if draw(st.integers(0, 3)) else row for row in rows]
+    content = Content(b"\n".join(map(render, rows)) + b"\n")
+    content = draw(damaged(content)) if rarely(draw, 8) else content
+    assume(not content.lstrip().startswith(b"null"))  # pyarrow 26 itself crashes when the first row is a null
+    return content, draw(st.sampled_from(OPTIONS))
+
+
+def leaves(value, path=()):
+    """The paths of all parts of a JSON document but the whole."""
+    if path:
+        yield path
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from leaves(value[key], (*path, key))
 
 
 @pytest.fixture
@@ -500,7 +523,7 @@ def test_rows(read_rows, name):
     for options in OPTIONS:
         fits = options["n_responses"] <= needed and "max_query_tokens" not in options
         assert not fits or outcome(lambda options=options: read_rows((whole * 2, options)), None) == "loaded"
-    fuzz(jsonl(ROWS[name]), read_rows, 80, memory=None)
+    fuzz(jsonl(ROWS[name]), read_rows, 120, memory=None)
 
 
 # ---------------------------------------------------------------------------- configuration
@@ -509,13 +532,14 @@ def test_rows(read_rows, name):
 STAGES = (sft, rm, ppo, dpo, sample)
 KEYS = sorted({key for stage in STAGES for key in stage.Config.__dataclass_fields__})
 # values as they may stand behind `key =` in a file; none of them costs time to compute
-LITERALS = ["1", "0", "-1", "1e-5", "1_000", "0x10", "1e999", "-1e999", "1e999 - 1e999", "10**400", "10**5000", "-10**5000",
-            "1.5", "True", "None", "...", "1j", "''", "'cosine'", "'cpu'", "'a\\nb'", "'\\ud800'", "'\\0'", "b'a'", "[]",
-            "[1, [2]]", "{}", "{1: 2}", "(1,)", "()", "lambda: 0", "lr", "seed * 2", "out_dir + '/x'", "nothing", "1 / 0",
-            "'a' + 1", "[" * 150 + "]" * 150, "[" * 3000 + "]" * 3000, "-" * 3000 + "1", "'" + "a" * 3000 + "'", "", "1e", "'a",
-            "(", "1 if", "é", "\ud800", "\x00", "0777", "__import__('numpy').zeros((2, 2))"]  # fmt: skip
-ARGUMENTS = ["", "1", "0", "-1", "1e-5", "1_000", "１", "0x10", "inf", "nan", "1e999", "9" * 5000, "true", "Off", "None", " 1 ",
-             "cosine", "COSINE", "cpu", "a\nb", "\n", "\udcff", "é", "=", "--", "'", "{split}", "out/x"]  # fmt: skip
+LITERALS = ["1", "0", "-1", "1e-5", "1_000", "0x10", "1e999", "-1e999", "1e999 - 1e999", "10**400", "10**5000",
+            "-10**5000", "1.5", "True", "None", "...", "1j", "''", "'cosine'", "'cpu'", "'a\\nb'", "'\\ud800'", "'\\0'",
+            "b'a'", "[]", "[1, [2]]", "{}", "{1: 2}", "(1,)", "()", "lambda: 0", "lr", "seed * 2", "out_dir + '/x'",
+            "nothing", "1 / 0", "'a' + 1", "[" * 150 + "]" * 150, "[" * 3000 + "]" * 3000, "-" * 3000 + "1",
+            "'" + "a" * 3000 + "'", "", "1e", "'a", "(", "1 if", "é", "\ud800", "\x00", "0777",
+            "__import__('numpy').zeros((2, 2))"]  # fmt: skip
+ARGUMENTS = ["", "1", "0", "-1", "1e-5", "1_000", "\uff11", "0x10", "inf", "nan", "1e999", "9" * 5000, "true", "Off",
+             "None", " 1 ", "cosine", "COSINE", "cpu", "a\nb", "\n", "\udcff", "é", "=", "--", "'", "{split}"]  # fmt: skip
 NAMES = st.sampled_from([*KEYS, "batchsize", "_own", "x", "é", "class"])
 
 
@@ -557,13 +581,13 @@ def test_config_file(tmp_path):
         configurator.configure(stage.Config, [str(path)])
 
     assert outcome(lambda: load((sft, b"lr = 1e-5\nbatch_size = 8\n"))) == "loaded"
-    fuzz(st.tuples(st.sampled_from(STAGES), config_files()), load, 800)
+    fuzz(st.tuples(st.sampled_from(STAGES), config_files()), load, 400)
 
 
 def test_command_line(tmp_path):
     """Keys and values that a shell can pass on: a text without NUL, with bytes that are no UTF-8 as surrogates."""
     assert outcome(lambda: configurator.configure(sft.Config, ["--lr=1e-5", "--scratch"])) == "loaded"
-    fuzz(arguments(), lambda case: configurator.configure(*case), 800)
+    fuzz(arguments(), lambda case: configurator.configure(*case), 500)
 
 
 @pytest.mark.parametrize("name", ["none.py", "a\nb.py", "", "\udcff", "a" * 300, "directory"])

@@ -22,6 +22,7 @@ import sample
 import sft
 from configurator import UserError
 from data import Tokenizer, batch_rows, last_scalars, load_rows
+from model import Block
 
 STAGES = ["sft", "rm", "ppo", "dpo"]
 
@@ -376,6 +377,26 @@ def test_resume_is_bitwise(pipeline, name, killed_at, options, monkeypatch):
         assert (Path(whole.out_dir) / file).read_bytes() == (Path(broken.out_dir) / file).read_bytes(), file
     kept = sorted(path.name for path in (Path(broken.out_dir) / "checkpoints").iterdir())
     assert kept == ["step_2", "step_4"]
+
+
+def test_activation_checkpointing_computes_blocks_again(pipeline, monkeypatch):
+    """In the backward pass of training, and nowhere else; the numbers are the same."""
+    calls, forward = {}, Block.forward
+
+    def count(block, *args):
+        calls[cfg.out_dir] = calls.get(cfg.out_dir, 0) + 1
+        return forward(block, *args)
+
+    monkeypatch.setattr(Block, "forward", count)
+    runs = []
+    for on in (False, True):
+        cfg = pipeline.config(sft, f"again_{on}", activation_checkpointing=on)
+        sft.main(cfg)
+        runs.append(cfg)
+    # two blocks; three micro-batches in each of two updates; seven of the 21 rows to evaluate
+    assert [calls[cfg.out_dir] for cfg in runs] == [2 * (3 * 2 + 7), 2 * (2 * 3 * 2 + 7)]
+    weights = [(Path(cfg.out_dir) / "final" / "model.safetensors").read_bytes() for cfg in runs]
+    assert weights[0] == weights[1] and metrics(runs[0]) == metrics(runs[1])
 
 
 def test_gradient_clipping_bounds_the_update(pipeline):

@@ -1,0 +1,395 @@
+"""The memory that a stage needs on each GPU, term by term, for any configuration; and the settings that make it fit.
+
+    python bench/plan.py ppo config/ppo_6.9b.py --gpus=8                        # the terms, and the peak
+    python bench/plan.py ppo config/ppo_6.9b.py --gpus=8 --micro_batch_size=2 --activation_checkpointing
+    python bench/plan.py ppo config/ppo_6.9b.py --gpus=8 --fit=80               # the first settings that fit 80 GB
+    python bench/plan.py --table                                                # the table of the README
+    python bench/plan.py --check                                                # against measured peaks, on this CPU
+
+What lies there all the time (masters, Adam, frozen models) is counted. What a pass needs on top of it is found by
+running that pass - the project's own model, losses and backward - on meta tensors, which have shapes but no memory,
+and adding up the storages that are alive at a time. What FSDP gathers and reduces is counted by its rules: two blocks
+and the root's parameters in the compute dtype, a block's gradient in it and in float32. All rows are as long as the
+configuration allows. GB are 1e9 bytes; the CUDA context, nccl's buffers and fragmentation come on top: 4 GB or more.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import weakref
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import dpo  # noqa: E402
+import model as nplus  # noqa: E402
+import ppo  # noqa: E402
+import rm  # noqa: E402
+import sft  # noqa: E402
+from configurator import configure, require  # noqa: E402
+from data import Tokenizer  # noqa: E402
+from model import GPTNeoX, GPTNeoXConfig, KVCache, ScalarModel, sample_token, token_logprobs  # noqa: E402
+
+STAGES = dict(sft=sft, rm=rm, ppo=ppo, dpo=dpo)
+# hidden size, layers, heads, vocabulary (the hub's config.json)
+PYTHIA = {"14m": (128, 6, 4, 50304), "70m": (512, 6, 8, 50304), "160m": (768, 12, 12, 50304),
+          "410m": (1024, 24, 16, 50304), "1b": (2048, 16, 8, 50304), "1.4b": (2048, 24, 16, 50304),
+          "2.8b": (2560, 32, 32, 50304), "6.9b": (4096, 32, 32, 50432), "12b": (5120, 36, 40, 50688)}  # fmt: skip
+
+
+def shape_of(source):
+    """The shape of a model directory, or of the Pythia whose size is in the name."""
+    if (Path(source) / "config.json").exists():
+        return GPTNeoXConfig.from_directory(source)
+    sizes = [size for size in PYTHIA if f"_{size}/" in f"{source}/" or f"-{size}" in source]
+    require(sizes, f"{source}: not a directory with a config.json, nor a name with one of {', '.join(PYTHIA)}")
+    width, layers, heads, vocabulary = PYTHIA[max(sizes, key=len)]
+    return GPTNeoXConfig(vocabulary, width, layers, heads)
+
+
+# ---------------------------------------------------------------------------- passes without memory
+
+
+class Peak(TorchDispatchMode):
+    """Adds up the storages that operations make while they are alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.now, self.most = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in known | self.live.keys():
+                storage = x.untyped_storage()
+                self.live[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata)
+        self.most = max(self.most, self.now)
+        return result
+
+    def free(self, key):
+        self.now -= self.live.pop(key)
+
+
+@contextlib.contextmanager
+def flash_attention():
+    """Meta tensors would take the path that writes the T x T matrix; GPUs (and CPUs) have one that does not."""
+    plain = nplus.F.scaled_dot_product_attention
+
+    def attention(q, k, v, attn_mask=None, is_causal=False):
+        if attn_mask is not None:
+            return plain(q, k, v, attn_mask=attn_mask)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)[0]
+
+    nplus.F.scaled_dot_product_attention = attention
+    yield
+    nplus.F.scaled_dot_product_attention = plain
+
+
+def peak_of(function):
+    with flash_attention(), Peak() as peak:
+        function()
+    return peak.most
+
+
+def meta(cls, shape, dtype, checkpointing=False):
+    with torch.device("meta"):
+        model = cls(shape).to(dtype)
+    model.gpt_neox.checkpointing = checkpointing
+    for parameter in model.parameters():  # FSDP shards a gradient as soon as it is there: counted in `gathered`
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    return model
+
+
+def tokens(rows, length):
+    return torch.zeros(rows, length, dtype=torch.long, device="meta")
+
+
+# ---------------------------------------------------------------------------- the terms
+
+
+class Plan:
+    """Terms in bytes, per process: `always`, and per phase what comes on top."""
+
+    def __init__(self, stage, cfg, processes, dtype, n_vocab=None, on_cpu=False):
+        self.stage, self.cfg, self.processes, self.dtype, self.on_cpu = stage, cfg, processes, dtype, on_cpu
+        self.size, self.shards = dtype.itemsize, cfg.shard_size or processes
+        self.shape, self.always, self.phases = shape_of(cfg.model), {}, {}
+        self.n_vocab = n_vocab or self.shape.vocab_size
+        getattr(self, stage)()
+
+    @property
+    def peak(self):
+        return sum(self.always.values()) + max(sum(terms.values()) for terms in self.phases.values())
+
+    def parameters(self, cls, shape=None):
+        """Of a block, of the rest, of all."""
+        model = meta(cls, shape or self.shape, torch.float32)
+        block = sum(p.numel() for p in model.gpt_neox.layers[0].parameters())
+        return block, sum(p.numel() for p in model.parameters()) - block * len(model.gpt_neox.layers), sum(
+            p.numel() for p in model.parameters())  # fmt: skip
+
+    def trained(self, name, cls):
+        n = self.parameters(cls)[2] / self.shards
+        if self.cfg.offload != "all":
+            self.always |= {f"{name}: masters": 4 * n, f"{name}: Adam's moments": 8 * n}
+
+    def frozen(self, name, cls, source, phase=None):
+        if self.cfg.offload == "none":
+            where = self.always if phase is None else self.phases[phase]
+            where[f"{name}: weights"] = self.size * self.parameters(cls, shape_of(source))[2] / self.shards
+
+    def gathered(self, *classes, backward=False):
+        """What FSDP holds whole during a pass through models whose passes follow each other."""
+        terms = {}
+        for cls in classes:
+            block, rest, _ = self.parameters(cls)
+            terms["gathered: two blocks"] = max(terms.get("gathered: two blocks", 0), 2 * self.size * block)
+            terms["gathered: embeddings, head"] = terms.get("gathered: embeddings, head", 0) + self.size * rest
+            if backward:
+                terms["unsharded gradients, to reduce"] = (self.size + 4) * max(block, rest) + self.size * rest
+        return terms
+
+    def update(self, function, *classes):
+        """The training pass `function` of models of these classes, and AdamW's step."""
+        n = sum(self.parameters(cls)[2] / self.shards for cls in classes) * (self.cfg.offload != "all")
+        terms = self.gathered(*classes, backward=True) | {"activations and logits": peak_of(function)}
+        # gradients stay from one micro-batch to the next; those of the first come while its activations go
+        rows = self.cfg.batch_size // (self.processes * getattr(self.cfg, "n_minibatches", 1))
+        self.phases["update"] = terms | ({"gradients": 4 * n} if rows > self.cfg.micro_batch_size else {})
+        roots = {} if self.on_cpu else {"Adam's square roots": 4 * n}  # of all second moments at once
+        self.phases["optimizer step"] = {"gradients": 4 * n, **roots}
+
+    def train(self, cls, rows, length, n_predicted, loss):
+        """A stage with one model: loss(model, ids, select)."""
+        self.trained("model", cls)
+        model = meta(cls, self.shape, self.dtype, self.cfg.activation_checkpointing)
+        self.update(lambda: loss(model, tokens(rows, length), tokens(rows, n_predicted)).backward(), cls)
+
+    def sft(self):
+        rows, T = self.cfg.micro_batch_size, self.cfg.max_length
+
+        def loss(model, ids, select):
+            return token_logprobs(model(ids, select), select).sum()
+
+        self.train(GPTNeoX, rows, T, T - 1 if self.cfg.loss_on == "all" else T - self.cfg.max_query_tokens, loss)
+
+    def rm(self):
+        loss = lambda model, ids, select: model(ids, select).sum()  # noqa: E731
+        self.train(ScalarModel, 2 * self.cfg.micro_batch_size, self.cfg.max_length, 1, loss)
+
+    def dpo(self):
+        rows, T = 2 * self.cfg.micro_batch_size, self.cfg.max_length
+
+        def loss(model, ids, select):
+            return token_logprobs(model(ids, select), select, n_vocab=self.n_vocab).sum()
+
+        self.train(GPTNeoX, rows, T, T - self.cfg.max_query_tokens, loss)
+
+    def ppo(self):
+        cfg, R = self.cfg, self.cfg.response_length
+        Q = cfg.max_length
+        self.trained("policy", GPTNeoX)
+        self.trained("critic", ScalarModel)
+        self.frozen("reference", GPTNeoX, cfg.reference or cfg.model)
+        self.frozen("reward model", ScalarModel, cfg.model)
+        kind = (self.shape, self.dtype, cfg.activation_checkpointing)
+        policy, critic = meta(GPTNeoX, *kind), meta(ScalarModel, *kind)
+        rows, whole = cfg.rollout_micro_batch_size, self.size * self.parameters(GPTNeoX)[2]
+        lengths = torch.zeros(rows, dtype=torch.long, device="meta")
+
+        @torch.no_grad()
+        def prefill():
+            logits = policy(tokens(rows, Q), tokens(rows, 1), KVCache(lengths, Q, Q + R))
+            sample_token(logits[:, 0], cfg.temperature, torch.zeros(rows, device="meta"), self.n_vocab)
+
+        cache = 2 * self.shape.num_hidden_layers * rows * (Q + R) * self.shape.hidden_size * self.size
+        held = {"gathered: the policy": whole} if cfg.rollout_gather else self.gathered(GPTNeoX)
+        rest = peak_of(prefill) - cache
+        self.phases["generation"] = held | {"key-value cache": cache, "activations of the prefill, sampling": rest}
+
+        @torch.no_grad()
+        def measure():
+            select = tokens(rows, R)
+            logits = policy(tokens(rows, Q + R), select)
+            token_logprobs(logits, select, cfg.temperature, self.n_vocab)
+            ppo.entropy(logits, cfg.temperature, self.n_vocab)
+
+        held = {"gathered: the policy": whole} if cfg.rollout_gather else self.gathered(GPTNeoX)
+        self.phases["scoring"] = held | {"activations and logits": peak_of(measure)}
+
+        def update():
+            ids, select = tokens(cfg.micro_batch_size, Q + R), tokens(cfg.micro_batch_size, R)
+            zeros = torch.zeros(select.shape, device="meta")
+            names = ("logprobs", "advantages", "returns", "values")
+            batch = dict.fromkeys(names, zeros) | dict(mask=zeros > 0, mask_p1=zeros > 0)
+            new = token_logprobs(policy(ids, select), select, cfg.temperature, self.n_vocab)
+            count = torch.zeros((), device="meta")
+            ppo.ppo_loss(cfg, new, critic(ids, select), batch, count, count)[0].backward()
+
+        self.update(update, GPTNeoX, ScalarModel)
+
+    def lines(self):
+        rows = [(f"always: {name}", size) for name, size in self.always.items()]
+        for phase, terms in self.phases.items():
+            rows += [(f"{phase}: {name}", size) for name, size in terms.items()]
+            rows.append((f"= {phase}, with all above 'always'", sum(terms.values()) + sum(self.always.values())))
+        return [f"{size / 1e9:9.2f} GB  {name}" for name, size in rows] + [f"{self.peak / 1e9:9.2f} GB  PEAK"]
+
+
+# settings in the order of what they cost in time
+def settings(stage, cfg):
+    """Ever smaller micro-batches, without and with activation checkpointing, then sharded rollouts and offload."""
+    for offload in ("none", "frozen", "all")[0 if stage == "ppo" else 0 :]:
+        for gather in (True, False) if stage == "ppo" else (True,):
+            for checkpointing in (False, True):
+                micro = cfg.micro_batch_size
+                while micro:
+                    changes = dict(offload=offload, rollout_gather=gather, activation_checkpointing=checkpointing,
+                                   micro_batch_size=micro)  # fmt: skip
+                    if stage == "ppo":
+                        changes["rollout_micro_batch_size"] = min(cfg.rollout_micro_batch_size, 4 * micro)
+                    yield changes
+                    micro //= 2
+
+
+def fit(stage, cfg, gpus, gigabytes):
+    """The first settings whose peak leaves 5 GB of the GPU, as (changes, peak), or None."""
+    known = {name for name in vars(cfg)}
+    for changes in settings(stage, cfg):
+        new = type(cfg)(**{**vars(cfg), **{k: v for k, v in changes.items() if k in known}})
+        peak = Plan(stage, new, gpus, torch.bfloat16).peak
+        if peak < (gigabytes - 5) * 1e9:
+            return {k: v for k, v in changes.items() if k in known and v != getattr(cfg, k)}, peak
+    return None
+
+
+def table(stage="ppo"):
+    rows = ["| size | " + " | ".join(f"{n} x {g} GB" for n, g in MACHINES) + " |", "|---" * (len(MACHINES) + 1) + "|"]
+    for size in ("1b", "2.8b", "6.9b"):
+        cells = []
+        for n, gigabytes in MACHINES:
+            found = fit(stage, configure(STAGES[stage].Config, [str(ROOT / f"config/{stage}_{size}.py")]), n, gigabytes)
+            changes = "" if found is None else ", ".join(f"{k}={v}" for k, v in found[0].items())
+            cells.append("does not fit" if found is None else f"{found[1] / 1e9:.0f} GB" + (f": {changes}" if changes else ""))
+        rows.append(f"| {size} | " + " | ".join(cells) + " |")
+    return rows
+
+
+MACHINES = [(1, 80), (2, 80), (4, 80), (8, 80), (1, 141)]
+
+# ---------------------------------------------------------------------------- the check
+
+WORKER = """
+import json, os, sys
+sys.path.insert(0, {root!r})
+import torch, datasets, pandas
+import runtime
+import {stage} as stage
+
+def high(reset=False):
+    if reset:
+        open("/proc/self/clear_refs", "w").write("5")
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+
+start, peaks = runtime.start, []
+def begin(*args, **kwargs):
+    run = start(*args, **kwargs)
+    peaks.append(high(reset=True))
+    return run
+runtime.start = begin
+def end(run, *args, **kwargs):
+    print(json.dumps(dict(rank=run.rank, peak=high() - peaks[0])), flush=True)
+    run.end("measured")
+runtime.export = end
+stage.main(stage.Config(**{values!r}))
+"""
+
+
+def measure(stage, values, processes, directory):
+    (directory / "worker.py").write_text(WORKER.format(root=str(ROOT), stage=stage, values=values))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    result = subprocess.run([*command, directory / "worker.py"], env=env, capture_output=True, text=True)
+    require(result.returncode == 0, result.stderr[-2000:])
+    return max(json.loads(line)["peak"] for line in result.stdout.splitlines() if line.startswith('{"rank'))
+
+
+CASES = [("sft", 1, {}), ("sft", 2, {}), ("sft", 1, dict(activation_checkpointing=True)), ("rm", 1, {}), ("dpo", 1, {}),
+         ("ppo", 1, {}), ("ppo", 2, {}), ("ppo", 1, dict(activation_checkpointing=True, micro_batch_size=2)),
+         ("ppo", 2, dict(rollout_gather=False, rollout_micro_batch_size=16)),
+         ("ppo", 1, dict(dtype="bfloat16"))]  # fmt: skip
+
+
+def check():
+    """Rows as long as the configuration allows and random weights: 8 layers of width 768, 64 M parameters."""
+    directory, Q, R = Path(tempfile.mkdtemp(prefix="plan-")), 256, 64
+    subprocess.run([sys.executable, "toy/make_data.py", directory / "toy", "--seed=0"], cwd=ROOT, check=True)
+    shape = GPTNeoXConfig(vocab_size=4096, hidden_size=768, num_hidden_layers=8, num_attention_heads=12)
+    for cls, name in ((GPTNeoX, "policy"), (ScalarModel, "reward")):
+        cls(shape).save_pretrained(directory / name)
+        shutil.copy(directory / "toy" / "tokenizer.json", directory / name)
+    tokenizer = Tokenizer.load(str(directory / "policy"))
+    prompt, answers = " the" * Q, [" the" * (R - 1), " a" * (R - 1)]
+    lengths = [len(tokenizer.encode(text)) for text in (prompt, *answers)]
+    require(lengths == [Q, R - 1, R - 1], f"the toy tokenizer makes {lengths} tokens of the rows")
+    row = dict(prompt=prompt, chosen=answers[0], rejected=answers[1])
+    (directory / "pairs.jsonl").write_text((json.dumps(row) + "\n") * 32)
+    (directory / "posts.jsonl").write_text((json.dumps(dict(prompt=prompt, completion=answers[0])) + "\n") * 32)
+    rows = ["| stage | processes | settings | planned | measured | ratio |", "|---" * 6 + "|"]
+    for stage, processes, changes in CASES:
+        values = dict(model=str(directory / "policy"), data=str(directory / "posts.jsonl"), max_length=Q + R, device="cpu",
+                      dtype="float32", eval_split="", batch_size=8, micro_batch_size=4, episodes=16,
+                      max_query_tokens=Q)  # fmt: skip
+        if stage in ("rm", "dpo"):
+            values |= dict(data=str(directory / "pairs.jsonl"))
+        if stage == "rm":
+            values |= dict(normalize_data="")
+        if stage == "ppo":
+            values |= dict(max_length=Q, response_length=R, reward_model=str(directory / "reward"), n_epochs=1,
+                           rollout_micro_batch_size=4, samples_every=0)  # fmt: skip
+        cfg = STAGES[stage].Config(**values | changes | dict(out_dir=str(directory / f"{stage}-{len(rows)}")))
+        dtype = getattr(torch, cfg.dtype)
+        plan = Plan(stage, cfg, processes, dtype, tokenizer.n_vocab, on_cpu=True).peak
+        seen = measure(stage, vars(cfg), processes, directory)
+        names = ", ".join(f"{name}={value}" for name, value in changes.items())
+        rows.append(f"| {stage} | {processes} | {names} | {plan / 1e9:.2f} GB | {seen / 1e9:.2f} GB | {plan / seen:.2f} |")
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", nargs="?", choices=STAGES)
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--fit", type=float, default=0.0)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    args, rest = parser.parse_known_args()
+    if args.table:
+        return print("\n".join(table()))
+    if args.check:
+        return print("\n".join(check()))
+    cfg = configure(STAGES[args.stage].Config, rest)
+    if args.fit:
+        found = fit(args.stage, cfg, args.gpus, args.fit)
+        print("does not fit" if found is None else f"{found[1] / 1e9:.1f} GB with {found[0] or 'these settings'}")
+    else:
+        dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
+        print("\n".join(Plan(args.stage, cfg, args.gpus, dtype).lines()))
+
+
+if __name__ == "__main__":
+    main()
