@@ -27,8 +27,11 @@ PAIR = {
 
 
 @pytest.fixture
-def bad(pipeline, tmp_path):
-    """A playground: copies of the data and the models, free to be damaged."""
+def bad(pipeline, tmp_path, monkeypatch):
+    """A playground: copies of the data and the models, free to be damaged; changes of the environment are undone."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     for name in ("data", "sft", "rm"):
         shutil.copytree(pipeline.directory / name, tmp_path / name)
     yield tmp_path
@@ -61,6 +64,22 @@ def edit_weights(directory, change):
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
+
+
+def environment(**variables):
+    """Set environment variables (the fixture unsets them), with no process group there yet."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    os.environ.update(variables)
+
+
+def directory_for(path):
+    path.unlink()
+    path.mkdir()
+
+
+def index(directory, names):
+    (directory / "model.safetensors.index.json").write_text(json.dumps(names))
 
 
 def truncate(path):
@@ -158,6 +177,29 @@ CASES = {
         {"prompt": "a", "completion": " b" * 900}])), "x.jsonl .*row 0 has .* tokens, more than max_length 522"),
     "reference too long": (rm, lambda d: dict(normalize_data=write_rows(d / "x.jsonl", [
         {"prompt": "a", "completion": " b" * 900}])), "x.jsonl .*row 0 has .* tokens, more than max_length 638"),
+    "rank without a world": (sft, lambda d: environment(RANK="0"), "no process group; .*torchrun.*WORLD_SIZE"),
+    "world of no size": (sft, lambda d: environment(RANK="0", WORLD_SIZE="two", MASTER_ADDR="a", MASTER_PORT="1"),
+                         "no process group; .*two"),
+    "no such port": (sft, lambda d: environment(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="x"),
+                     "no process group; .*'x'"),
+    "shards that do not divide": (sft, lambda d: dict(shard_size=3), "shard_size 3 does not divide the 1 processes"),
+    "no such offload": (sft, lambda d: dict(offload="adam"), "'offload' is 'adam'; use one of none, frozen, all"),
+    "no such answer to NaN": (sft, lambda d: dict(on_nonfinite="ignore"), "'on_nonfinite' is 'ignore'; .*stop, skip"),
+    "directory for weights": (rm, lambda d: directory_for(d / "sft/final/model.safetensors"),
+                              "model.safetensors: cannot be read as safetensors"),
+    "directory for a tokenizer": (rm, lambda d: directory_for(d / "sft/final/tokenizer.json"), "tokenizer.json.*JSON"),
+    "directory for data": (sft, lambda d: directory_for(d / "data/sft_train.jsonl"), "sft_train.jsonl .*cannot"),
+    "config.json of another kind": (rm, lambda d: (d / "sft/final/config.json").write_text("[1]") and None,
+                                    "config.json: holds a list, not a JSON object"),
+    "config.json of bytes": (rm, lambda d: (d / "sft/final/config.json").write_bytes(b"\xff\xfe{") and None,
+                             "config.json: cannot be read as JSON"),
+    "more layers than are stored": (rm, lambda d: edit_json(d / "sft/final/config.json", num_hidden_layers=3),
+                                    "missing gpt_neox.layers.2"),
+    "fewer layers than are stored": (rm, lambda d: edit_json(d / "sft/final/config.json", num_hidden_layers=1),
+                                     "unexpected gpt_neox.layers.1"),
+    "index without files": (rm, lambda d: index(d / "sft/final", {"weight_map": {NORM: "gone.safetensors"}}),
+                            "missing gpt_neox|gone.safetensors: cannot be read"),
+    "index of nothing": (rm, lambda d: index(d / "sft/final", {"weight_map": None}), "index.json: no weight_map"),
     "samples over others": (sample, old_samples, r"new holds a run with another configuration: .*seed \(4 -> "),
     "no training split": (sft, lambda d: dict(train_split="", data=str(d / "data")), "cannot be loaded"),
     "vocabulary too small": (sft, lambda d: edit_json(d / "data/config.json", vocab_size=300),
@@ -166,7 +208,16 @@ CASES = {
     "samples into a training run": (sample, lambda d: (d / "sft").rename(d / "new") and dict(
         model=str(d / "new/final"), reward_model="", reference=""), "new holds a run with another configuration"),
     "sampling from nothing": (sample, lambda d: dict(model=str(d / "nowhere")), "nowhere"),
-    "other configuration": (sft, lambda d: (d / "sft").rename(d / "new") and None, "another configuration: .*new.*sft"),
+    "truncated posts": (sft, lambda d: truncate(d / "data/sft_train.jsonl"), "sft_train.jsonl .*cannot be loaded"),
+    "data of bytes": (sft, lambda d: (d / "data/sft_train.jsonl").write_bytes(b"\xff\xfe\x00") and None,
+                      "sft_train.jsonl .*cannot be loaded"),
+    "a number for a post": (sft, lambda d: dict(data=write_rows(d / "x.jsonl", [{**POST, "post": 7}] * 8)),
+                            "row 0.*'post' is 7"),
+    "summaries without a choice": (rm, lambda d: dict(data=write_rows(d / "x.jsonl", [
+        {key: value for key, value in PAIR.items() if key != "choice"}])), "row 0.*choice"),
+    "a target of 2": (rm, lambda d: dict(data=write_rows(d / "x.jsonl", [
+        {"prompt": "a", "chosen": " b", "rejected": " c", "target": 2.0}])), "row 0: target 2.0"),
+    "other configuration": (sft, lambda d: (d / "sft").rename(d / "new") and None, "another configuration: .*lr .0.005 -> 0.001"),
 }  # fmt: skip
 
 

@@ -196,6 +196,16 @@ def test_a_half_written_checkpoint_is_no_checkpoint(whole, broken, capsys):
     assert checkpoints(broken) == ["step_2", "step_4"] and len(list((directory / "step_4").glob("*.safetensors"))) == 1
 
 
+def test_a_checkpoint_of_another_model_is_one_line(pipeline, broken):
+    shape = json.loads((pipeline.data / "config.json").read_text())
+    (Path(broken.out_dir) / "wider").mkdir()
+    (Path(broken.out_dir) / "wider" / "config.json").write_text(json.dumps({**shape, "hidden_size": 64}))
+    broken.model, broken.tokenizer = str(Path(broken.out_dir) / "wider"), str(pipeline.data)
+    with pytest.raises(UserError, match=f"out_dir {broken.out_dir}: .*64.*32|32.*64") as error:
+        sft.main(broken)
+    assert "\n" not in str(error.value)
+
+
 def test_checkpoints_hold_no_pickle(whole):
     names = {path.name for path in (Path(whole.out_dir) / "checkpoints" / "step_4").iterdir()}
     assert names == {"shard-00001-model-00001-of-00001.safetensors", "state.json", "checksums.json"}
