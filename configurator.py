@@ -26,7 +26,6 @@ Share, Signed = NewType("Share", float), NewType("Signed", float)
 LIMITS = {int: (0, inf, "int from 0"), Count: (1, inf, "int from 1"),
           float: (0, inf, "finite float from 0"), Positive: (ulp(0.0), inf, "finite float above 0"),
           Share: (0, 1, "float from 0 and below 1"), Signed: (-sys.float_info.max, inf, "finite float")}  # fmt: skip
-TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
 class UserError(SystemExit):
@@ -35,6 +34,9 @@ class UserError(SystemExit):
     As a SystemExit it ends a script with that line on stderr and exit code 1, with no traceback;
     `str(error)` is the line.
     """
+
+    def __init__(self, line):
+        super().__init__(" ".join(line.split()))
 
 
 def require(holds, *line):
@@ -88,7 +90,8 @@ def read_file(Config, path, values):
             require(not nothing, f"line {node.lineno} sets nothing")
         exec(compile(tree, path, "exec"), names)
     found = {key: value for key, value in names.items() if key[0] != "_" and not isinstance(value, ModuleType)}
-    return values | {key: check(field_of(Config, key, path), value, path) for key, value in found.items()}
+    with explain(f"config file {path}", ValueError):
+        return values | {key: check(field_of(Config, key, path), value, path) for key, value in found.items()}
 
 
 def field_of(Config, key, where):
@@ -100,8 +103,8 @@ def field_of(Config, key, where):
 
 def parse(field, text):
     """Read a command-line value by the field's type; text is None for `--flag` alone."""
-    if field.type is bool and (text is None or text.lower() in TRUE + FALSE):
-        return text is None or text.lower() in TRUE
+    if field.type is bool and (text is None or text.lower() in ("true", "false")):
+        return text is None or text.lower() == "true"
     require(text is not None, f"--{field.name} needs a value, for example --{field.name}={field.default}")
     value = text
     with contextlib.suppress(ValueError):  # else it stays a text, and is of the wrong type

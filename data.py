@@ -76,13 +76,13 @@ class Tokenizer:
         model, pre = spec["model"], spec["pre_tokenizer"]
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         order = [model["vocab"]["".join(merge)] for merge in merges]
+        ids = [*model["vocab"].values(), *(token["id"] for token in spec["added_tokens"])]
         plain = model["type"] == "BPE" and not model.get("byte_fallback") and not model.get("ignore_merges")
         splits = pre["type"] == "ByteLevel" and not pre["add_prefix_space"] and pre.get("use_regex", True)
         strips = any(t["single_word"] or t["lstrip"] or t["rstrip"] for t in spec["added_tokens"])
-        require(plain and splits, "unsupported model or pre_tokenizer")
-        require(spec["normalizer"]["type"] == "NFC", "unsupported normalizer")
-        require(order == sorted(order), "its merges are not in the order of their ids")
-        require(not strips, "unsupported added_tokens")
+        same = plain and splits and not strips and spec["normalizer"]["type"] == "NFC"
+        numbers = all(type(id) is int and id >= 0 for id in ids)
+        require(same and numbers and order == sorted(order), "unsupported model, normalizer, tokens or order of merges")
 
     def encode(self, text):
         """Token ids of `text`. A post that quotes <|endoftext|> must not end the query: there it is ordinary text."""
@@ -170,7 +170,7 @@ def parse_row(row, tokenizer, max_query_tokens):
     target = 1.0 if row.get("target") is None else row["target"]
     fits = isinstance(target, (int, float)) and 0 <= target <= 1
     require(fits, f"target {target!r}; it is the probability that the first response is the better one")
-    meta = dict(batch=str(row.get("batch") or ""), confidence=0, policies="", target=max(target, 1 - target))
+    meta = dict(batch=str(row.get("batch") or ""), confidence=0, policies="", target=float(max(target, 1 - target)))
     if "summaries" in row:
         choice, pair = row["choice"], row["summaries"]
         fits = choice in (0, 1) and len(pair) == 2
@@ -198,15 +198,14 @@ def parse_row(row, tokenizer, max_query_tokens):
 
 # ---------------------------------------------------------------------------- data sets
 
-def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_tokens=512, drop_long=False,
-              ranked=False):  # fmt: skip
+def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_tokens=512, ranked=False):
     """Tokenise a split once (`datasets` caches the result): columns query, responses, length, batch, ...
 
     source: a jsonl or parquet file (`{split}` in its path is replaced), or a directory or hub id that
             `datasets` can load.
     n_responses: how many responses of each row are needed and kept, the best first (PPO 0, SFT 1, preferences 2).
     ranked: keep all responses of a row that has more.
-    max_length: the longest query + response allowed, 0 for any. Longer rows are an error, or with drop_long left out.
+    max_length: the longest query + response allowed, 0 for any. A longer row is an error.
     Raises UserError for missing files, columns or rows, naming them.
     """
     raw = read_split(source, split)
@@ -225,17 +224,16 @@ def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_t
             return {**parsed, "responses": responses, "length": len(query) + longest}
 
     # the code is part of the key: a changed format must not read an old cache
-    code = [Path(path).read_bytes() for path in (__file__, tokenizer.path)]
-    key = repr((raw._fingerprint, max_query_tokens, n_responses, ranked, code))
+    code = (Path(path).read_bytes() for path in (__file__, tokenizer.path))
+    key = repr((raw._fingerprint, max_query_tokens, n_responses, ranked, *code))
     fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
-    rows = raw.map(tokenise, with_indices=True, remove_columns=raw.column_names, new_fingerprint=fingerprint)
+    with explain(f"{name}: its values cannot be kept in columns", ValueError, OverflowError):
+        rows = raw.map(tokenise, with_indices=True, remove_columns=raw.column_names, new_fingerprint=fingerprint)
     lengths = np.asarray(rows["length"])
-    long = np.flatnonzero(lengths > (max_length or np.inf))
-    if len(long):
-        first = f"row {long[0]} has {lengths[long[0]]} tokens, more than max_length {max_length}"
-        which = f"{name}: {first} ({len(long)} such rows of {len(rows)})"
-        require(drop_long and len(long) < len(rows), f"{which}; raise max_length, or leave them out with --drop_long")
-    return rows.select(np.flatnonzero(lengths <= max_length)) if len(long) else rows
+    long = lengths > (max_length or np.inf)
+    first = f"row {long.argmax()} has {lengths[long.argmax()]} tokens, more than max_length {max_length}"
+    require(not long.any(), f"{name}: {first} ({long.sum()} such rows of {len(rows)}); raise it, or leave them out")
+    return rows
 
 
 def read_split(source, split):

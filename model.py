@@ -57,9 +57,9 @@ class GPTNeoXConfig:
     def __post_init__(self):
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
         self.rotary_dims = int(self.hidden_size // self.num_attention_heads * self.rotary_pct)
-        fits = self.hidden_size % self.num_attention_heads == 0 and self.rotary_dims % 2 == 0
-        heads = f"hidden_size {self.hidden_size} must divide into num_attention_heads {self.num_attention_heads}"
-        require(fits, f"model config: {heads}, and rotary_pct {self.rotary_pct} of a head must be an even width")
+        fits = self.hidden_size % self.num_attention_heads == 0 and self.rotary_dims % 2 == 0 and self.rotary_pct <= 1
+        sane = max(self.vocab_size, self.hidden_size, self.intermediate_size) < 10**7 and self.num_hidden_layers < 1000
+        require(fits and sane, f"sizes that do not fit together (heads, rotary dims) or are too large: {self}")
 
     @classmethod
     def from_directory(cls, directory):
@@ -218,7 +218,8 @@ class Pretrained(nn.Module):
         directory = find_model(source, revision)
         with torch.device("meta"):  # no memory and no random numbers spent on weights about to be read
             model = cls(GPTNeoXConfig.from_directory(directory)).to(dtype)
-        model.to_empty(device="cpu")
+        with explain(f"{directory}: no room for what config.json asks for", RuntimeError):
+            model.to_empty(device="cpu")
         load_weights(model, directory)
         return model
 

@@ -390,9 +390,8 @@ def main(cfg, score=None):
     As with a reward model, a response without EOS scores missing_eos_score instead.
     """
     run = runtime.start(cfg, n_responses=0, n_minibatches=cfg.n_minibatches)
-    # beyond these the policy would never learn, or no response ever end
     limits = dict(critic_steps=run.total, truncate_token=run.tokenizer.n_vocab, truncate_after=cfg.response_length)
-    for name, limit in limits.items():
+    for name, limit in limits.items():  # beyond them the policy would never learn, or no response ever end
         require(getattr(cfg, name) < limit, f"{name} must be below {limit} in this run; lower it")
     policy = runtime.load_model(run, GPTNeoX, cfg.model, trainable=True)
     reference = runtime.load_model(run, GPTNeoX, cfg.reference or cfg.model)

@@ -60,7 +60,6 @@ class TrainConfig(RunConfig):
     train_split: str = "train"  # the rows to train on
     eval_split: str = "validation"  # empty: no evaluation
     max_length: int = 638  # tokens of query + response; a longer row is an error; 0: any
-    drop_long: bool = False  # leave longer rows out instead
     episodes: int = 0  # rows in the whole run, shuffled anew in each epoch; 0: every row once
     batch_size: Count = 64  # rows per update, over all processes
     micro_batch_size: Count = 1  # rows per forward and backward pass and process
@@ -183,7 +182,7 @@ class Run:
 
     def load(self, source, split, **options):
         """`load_rows` with the configuration's limits; rank 0 goes first, the others then find its cache."""
-        limits = {k: v for k, v in vars(self.cfg).items() if k in ("max_query_tokens", "max_length", "drop_long")}
+        limits = {k: v for k, v in vars(self.cfg).items() if k in ("max_query_tokens", "max_length")}
         for turn in (True, False):
             if self.is_main == turn:
                 rows = load_rows(source, split, self.tokenizer, **(limits | options))
@@ -492,10 +491,8 @@ def resume(run, state):
         break
     require(step or not found, f"{run.out_dir}/checkpoints: none can be read; remove them all to start anew")
     dist.barrier()
-    if run.is_main:
-        for path in map(run.out_dir.joinpath, LOGS):
-            if path.exists():
-                os.truncate(path, sizes.get(path.name, 0))
+    for path in filter(Path.exists, map(run.out_dir.joinpath, LOGS if run.is_main else ())):
+        os.truncate(path, sizes.get(path.name, 0))
     return step
 
 

@@ -15,6 +15,7 @@ configuration allows. GB are 1e9 bytes; the CUDA context, nccl's buffers and fra
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -113,6 +115,14 @@ def meta(cls, shape, dtype, checkpointing=False):
     return model
 
 
+@functools.cache
+def count(cls, *shape):
+    """Parameters of a block, of the rest, of all."""
+    model = meta(cls, GPTNeoXConfig(*shape), torch.float32)
+    block, whole = (sum(p.numel() for p in part.parameters()) for part in (model.gpt_neox.layers[0], model))
+    return block, whole - block * len(model.gpt_neox.layers), whole
+
+
 def tokens(rows, length):
     return torch.zeros(rows, length, dtype=torch.long, device="meta")
 
@@ -135,31 +145,24 @@ class Plan:
         return sum(self.always.values()) + max(sum(terms.values()) for terms in self.phases.values())
 
     def parameters(self, cls, shape=None):
-        """Of a block, of the rest, of all."""
-        model = meta(cls, shape or self.shape, torch.float32)
-        block = sum(p.numel() for p in model.gpt_neox.layers[0].parameters())
-        return block, sum(p.numel() for p in model.parameters()) - block * len(model.gpt_neox.layers), sum(
-            p.numel() for p in model.parameters())  # fmt: skip
+        return count(cls, *astuple(shape or self.shape))
 
     def trained(self, name, cls):
         n = self.parameters(cls)[2] / self.shards
         if self.cfg.offload != "all":
             self.always |= {f"{name}: masters": 4 * n, f"{name}: Adam's moments": 8 * n}
 
-    def frozen(self, name, cls, source, phase=None):
+    def frozen(self, name, cls, source):
         if self.cfg.offload == "none":
-            where = self.always if phase is None else self.phases[phase]
-            where[f"{name}: weights"] = self.size * self.parameters(cls, shape_of(source))[2] / self.shards
+            self.always[f"{name}: weights"] = self.size * self.parameters(cls, shape_of(source))[2] / self.shards
 
     def gathered(self, *classes, backward=False):
-        """What FSDP holds whole during a pass through models whose passes follow each other."""
-        terms = {}
-        for cls in classes:
-            block, rest, _ = self.parameters(cls)
-            terms["gathered: two blocks"] = max(terms.get("gathered: two blocks", 0), 2 * self.size * block)
-            terms["gathered: embeddings, head"] = terms.get("gathered: embeddings, head", 0) + self.size * rest
-            if backward:
-                terms["unsharded gradients, to reduce"] = (self.size + 4) * max(block, rest) + self.size * rest
+        """What FSDP holds whole during a pass through models of one shape."""
+        block, rests = self.parameters(classes[0])[0], [self.parameters(cls)[1] for cls in classes]
+        terms = {"gathered: two blocks": 2 * self.size * block, "gathered: embeddings, head": self.size * sum(rests)}
+        if backward:  # a block's gradient, and its copy in float32 to reduce; the rest's comes last
+            whole = (self.size + 4) * max(block, *rests) + self.size * rests[-1]
+            terms["unsharded gradients, to reduce"] = whole
         return terms
 
     def update(self, function, *classes):
@@ -216,8 +219,8 @@ class Plan:
             sample_token(logits[:, 0], cfg.temperature, torch.zeros(rows, device="meta"), self.n_vocab)
 
         cache = 2 * self.shape.num_hidden_layers * rows * (Q + R) * self.shape.hidden_size * self.size
-        held = {"gathered: the policy": whole} if cfg.rollout_gather else self.gathered(GPTNeoX)
         rest = peak_of(prefill) - cache
+        held = {"gathered: the policy": whole} if cfg.rollout_gather else self.gathered(GPTNeoX)
         self.phases["generation"] = held | {"key-value cache": cache, "activations of the prefill, sampling": rest}
 
         @torch.no_grad()
@@ -227,7 +230,6 @@ class Plan:
             token_logprobs(logits, select, cfg.temperature, self.n_vocab)
             ppo.entropy(logits, cfg.temperature, self.n_vocab)
 
-        held = {"gathered: the policy": whole} if cfg.rollout_gather else self.gathered(GPTNeoX)
         self.phases["scoring"] = held | {"activations and logits": peak_of(measure)}
 
         def update():
@@ -252,7 +254,7 @@ class Plan:
 # settings in the order of what they cost in time
 def settings(stage, cfg):
     """Ever smaller micro-batches, without and with activation checkpointing, then sharded rollouts and offload."""
-    for offload in ("none", "frozen", "all")[0 if stage == "ppo" else 0 :]:
+    for offload in ("none", "frozen", "all"):
         for gather in (True, False) if stage == "ppo" else (True,):
             for checkpointing in (False, True):
                 micro = cfg.micro_batch_size
@@ -260,19 +262,18 @@ def settings(stage, cfg):
                     changes = dict(offload=offload, rollout_gather=gather, activation_checkpointing=checkpointing,
                                    micro_batch_size=micro)  # fmt: skip
                     if stage == "ppo":
-                        changes["rollout_micro_batch_size"] = min(cfg.rollout_micro_batch_size, 4 * micro)
+                        smaller = cfg.rollout_micro_batch_size * micro // cfg.micro_batch_size
+                        changes["rollout_micro_batch_size"] = max(1, smaller)
                     yield changes
                     micro //= 2
 
 
 def fit(stage, cfg, gpus, gigabytes):
     """The first settings whose peak leaves 5 GB of the GPU, as (changes, peak), or None."""
-    known = {name for name in vars(cfg)}
     for changes in settings(stage, cfg):
-        new = type(cfg)(**{**vars(cfg), **{k: v for k, v in changes.items() if k in known}})
-        peak = Plan(stage, new, gpus, torch.bfloat16).peak
+        peak = Plan(stage, type(cfg)(**{**vars(cfg), **changes}), gpus, torch.bfloat16).peak
         if peak < (gigabytes - 5) * 1e9:
-            return {k: v for k, v in changes.items() if k in known and v != getattr(cfg, k)}, peak
+            return {name: value for name, value in changes.items() if value != getattr(cfg, name)}, peak
     return None
 
 
@@ -282,8 +283,9 @@ def table(stage="ppo"):
         cells = []
         for n, gigabytes in MACHINES:
             found = fit(stage, configure(STAGES[stage].Config, [str(ROOT / f"config/{stage}_{size}.py")]), n, gigabytes)
-            changes = "" if found is None else ", ".join(f"{k}={v}" for k, v in found[0].items())
-            cells.append("does not fit" if found is None else f"{found[1] / 1e9:.0f} GB" + (f": {changes}" if changes else ""))
+            changes, peak = found or ({}, 0)
+            lines = [f"{peak / 1e9:.0f} GB", *(f"{name}={value}" for name, value in changes.items())]
+            cells.append("<br>".join(lines) if found else "does not fit")
         rows.append(f"| {size} | " + " | ".join(cells) + " |")
     return rows
 
@@ -350,8 +352,8 @@ def check():
     (directory / "posts.jsonl").write_text((json.dumps(dict(prompt=prompt, completion=answers[0])) + "\n") * 32)
     rows = ["| stage | processes | settings | planned | measured | ratio |", "|---" * 6 + "|"]
     for stage, processes, changes in CASES:
-        values = dict(model=str(directory / "policy"), data=str(directory / "posts.jsonl"), max_length=Q + R, device="cpu",
-                      dtype="float32", eval_split="", batch_size=8, micro_batch_size=4, episodes=16,
+        values = dict(model=str(directory / "policy"), data=str(directory / "posts.jsonl"), max_length=Q + R,
+                      device="cpu", dtype="float32", eval_split="", batch_size=8, micro_batch_size=4, episodes=16,
                       max_query_tokens=Q)  # fmt: skip
         if stage in ("rm", "dpo"):
             values |= dict(data=str(directory / "pairs.jsonl"))
@@ -361,11 +363,10 @@ def check():
             values |= dict(max_length=Q, response_length=R, reward_model=str(directory / "reward"), n_epochs=1,
                            rollout_micro_batch_size=4, samples_every=0)  # fmt: skip
         cfg = STAGES[stage].Config(**values | changes | dict(out_dir=str(directory / f"{stage}-{len(rows)}")))
-        dtype = getattr(torch, cfg.dtype)
-        plan = Plan(stage, cfg, processes, dtype, tokenizer.n_vocab, on_cpu=True).peak
-        seen = measure(stage, vars(cfg), processes, directory)
+        plan = Plan(stage, cfg, processes, getattr(torch, cfg.dtype), tokenizer.n_vocab, on_cpu=True).peak / 1e9
+        seen = measure(stage, vars(cfg), processes, directory) / 1e9
         names = ", ".join(f"{name}={value}" for name, value in changes.items())
-        rows.append(f"| {stage} | {processes} | {names} | {plan / 1e9:.2f} GB | {seen / 1e9:.2f} GB | {plan / seen:.2f} |")
+        rows.append(f"| {stage} | {processes} | {names} | {plan:.2f} GB | {seen:.2f} GB | {plan / seen:.2f} |")
         print(rows[-1], flush=True)
     return rows
 

@@ -133,12 +133,11 @@ def test_changed_code_does_not_read_the_old_cache(tokenizer, tmp_path, monkeypat
     assert load_rows(str(path), "train", tokenizer, 1)._fingerprint != first
 
 
-def test_long_rows_are_an_error_or_left_out(tokenizer, tmp_path):
+def test_long_rows_are_an_error(tokenizer, tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps({**POST, "summary": "a " * n}) + "\n" for n in (1, 50, 2)))
     with pytest.raises(UserError, match=r"row 1 has \d+ tokens.*\(1 such rows of 3\)"):
         load_rows(str(path), "train", tokenizer, 1, max_length=60)
-    assert len(load_rows(str(path), "train", tokenizer, 1, max_length=60, drop_long=True)) == 2
     assert len(load_rows(str(path), "train", tokenizer, 0, max_length=60)) == 3  # queries alone are short
 
 

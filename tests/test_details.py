@@ -537,7 +537,7 @@ def test_detail_04_1_token_lengths(library, real, tldr_sample):
 def test_detail_04_2_too_long_is_an_error(library, real, tmp_path):
     """Detail 4: the lengths are asserted: a row beyond 562 stops the run, so that no EOS is ever cut off.
 
-    fails if: data.py:load_rows compares with `>=`, leaves long rows out (drop_long=True as its default), or cuts
+    fails if: data.py:load_rows compares with `>=`, leaves long rows out, or cuts
     responses to what max_length leaves.
     """
     summary, post = " and so" * 26, "word " * 700
