@@ -23,7 +23,7 @@ from typing import NewType, get_args
 Count, Positive = NewType("Count", int), NewType("Positive", float)
 Share, Signed = NewType("Share", float), NewType("Signed", float)
 # type of a field: the least value, what all values lie below, and the words for both
-LIMITS = {int: (0, inf, "int from 0"), Count: (1, inf, "int from 1"),
+LIMITS = {int: (0, 2**53, "int from 0"), Count: (1, 2**53, "int from 1"),
           float: (0, inf, "finite float from 0"), Positive: (ulp(0.0), inf, "finite float above 0"),
           Share: (0, 1, "float from 0 and below 1"), Signed: (-sys.float_info.max, inf, "finite float")}  # fmt: skip
 

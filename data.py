@@ -48,8 +48,7 @@ class Tokenizer:
     def __init__(self, path):
         self.path = path
         spec = read_json(path)
-        wrong = (KeyError, TypeError, ValueError, AttributeError)
-        with explain(f"{path}: not a byte-level BPE tokenizer like Pythia's", UserError, *wrong):
+        with explain(f"{path}: not a byte-level BPE tokenizer like Pythia's", UserError, Exception):
             self._check(spec)
             vocab, added = spec["model"]["vocab"], spec["added_tokens"]
             special = {token["content"]: token["id"] for token in added if token["special"]}
@@ -74,15 +73,17 @@ class Tokenizer:
     def _check(spec):
         """Refuse what would be encoded differently from the library, rather than encode it wrongly."""
         model, pre = spec["model"], spec["pre_tokenizer"]
-        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-        order = [model["vocab"]["".join(merge)] for merge in merges]
+        order = [model["vocab"]["".join(merge).replace(" ", "")] for merge in model["merges"]]  # "a b", or ["a", "b"]
         ids = [*model["vocab"].values(), *(token["id"] for token in spec["added_tokens"])]
         plain = model["type"] == "BPE" and not model.get("byte_fallback") and not model.get("ignore_merges")
         splits = pre["type"] == "ByteLevel" and not pre["add_prefix_space"] and pre.get("use_regex", True)
         strips = any(t["single_word"] or t["lstrip"] or t["rstrip"] for t in spec["added_tokens"])
-        same = plain and splits and not strips and spec["normalizer"]["type"] == "NFC"
-        numbers = all(type(id) is int and id >= 0 for id in ids)
-        require(same and numbers and order == sorted(order), "unsupported model, normalizer, tokens or order of merges")
+        exact = spec["normalizer"]["type"] == "NFC" and all(type(id) is int and 0 <= id < 2**31 for id in ids)
+        single = len({*model["vocab"].values()}) == len(model["vocab"])
+        # every byte that UTF-8 has; others need no token
+        whole = all(s in model["vocab"] for s, b in byte_symbols().items() if b < 0xF5 and b not in (0xC0, 0xC1))
+        fits = (plain, splits, not strips, exact, single, whole, order == sorted(order))
+        require(all(fits), f"supported model, pre-tokenizer, added tokens, ids, single, whole, merges: {fits}")
 
     def encode(self, text):
         """Token ids of `text`. A post that quotes <|endoftext|> must not end the query: there it is ordinary text."""

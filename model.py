@@ -335,7 +335,7 @@ def weight_files(directory):
 
 
 def open_weights(path):
-    with explain(f"{path}: cannot be read as safetensors; check the path or copy it again", OSError, SafetensorError):
+    with explain(f"{path}: cannot be read as safetensors; copy it again", OSError, ValueError, SafetensorError):
         return safe_open(path, framework="pt")
 
 
