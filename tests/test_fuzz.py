@@ -291,6 +291,15 @@ def test_tokenizer_ids(tmp_path, path, value):
     outcome(lambda: read_tokenizer(tmp_path))
 
 
+@pytest.mark.parametrize("content", ["", " ", "a", "\u0120", "ab", "\ud800", "<|endoftext|>", None, 1, []], ids=repr)
+@pytest.mark.parametrize("place", [0, 1, -1])
+def test_tokenizer_contents(tmp_path, place, content):
+    """An added token, special or not, that is another token, a byte's symbol, or no text."""
+    document = put(TOKENIZER, ("added_tokens", place, "content"), content)
+    (tmp_path / "tokenizer.json").write_bytes(render(document))
+    outcome(lambda: read_tokenizer(tmp_path))
+
+
 # ---------------------------------------------------------------------------- a model's directory
 
 
