@@ -72,12 +72,12 @@ class Tokenizer:
     @staticmethod
     def _check(spec):
         """Refuse what would be encoded differently from the library, rather than encode it wrongly."""
-        model, pre = spec["model"], spec["pre_tokenizer"]
+        model, pre, added = spec["model"], spec["pre_tokenizer"], spec["added_tokens"]
         order = [model["vocab"]["".join(merge).replace(" ", "")] for merge in model["merges"]]  # "a b", or ["a", "b"]
-        ids = [*model["vocab"].values(), *(token["id"] for token in spec["added_tokens"])]
+        ids = [*model["vocab"].values(), *(token["id"] for token in added)]
         plain = model["type"] == "BPE" and not model.get("byte_fallback") and not model.get("ignore_merges")
         splits = pre["type"] == "ByteLevel" and not pre["add_prefix_space"] and pre.get("use_regex", True)
-        strips = any(t["single_word"] or t["lstrip"] or t["rstrip"] for t in spec["added_tokens"])
+        strips = any(t["single_word"] or t["lstrip"] or t["rstrip"] or t["content"] in byte_symbols() for t in added)
         exact = spec["normalizer"]["type"] == "NFC" and all(type(id) is int and 0 <= id < 2**31 for id in ids)
         single = len({*model["vocab"].values()}) == len(model["vocab"])
         # every byte that UTF-8 has; others need no token
