@@ -95,8 +95,7 @@ def test_a_second_signal_ends_at_once(pipeline):
     score = "lambda *texts: print('scoring', flush=True) or time.sleep(600)"
     code = f"import ppo, time; ppo.main(ppo.{cfg!r}, score={score})"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=ENV, stdout=subprocess.PIPE, text=True)
-    while process.stdout.readline() != "scoring\n":
-        pass
+    assert any(line == "scoring\n" for line in process.stdout)  # reads up to that line
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=2)  # the first one waits for the update
