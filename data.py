@@ -169,13 +169,11 @@ def split_prompt(row, keys):
 def parse_row(row, tokenizer, max_query_tokens):
     """One row of any schema -> query ids, responses (the best first, each ends with EOS), and where it came from."""
     target = 1.0 if row.get("target") is None else row["target"]
-    fits = isinstance(target, (int, float)) and 0 <= target <= 1
-    require(fits, f"target {target!r}; it is the probability that the first response is the better one")
+    require(isinstance(target, (int, float)) and 0 <= target <= 1, f"target {target!r} is no probability; correct it")
     meta = dict(batch=str(row.get("batch") or ""), confidence=0, policies="", target=float(max(target, 1 - target)))
     if "summaries" in row:
         choice, pair = row["choice"], row["summaries"]
-        fits = choice in (0, 1) and len(pair) == 2
-        require(fits, f"choice {choice!r} of {len(pair)} summaries; it must be 0 or 1, of two")
+        require(choice in (0, 1) and len(pair) == 2, f"choice {choice!r} of {len(pair)} summaries; use 0 or 1, of two")
         texts, source = [text_of(pair[which], "text") for which in (choice, 1 - choice)], row["info"]
         meta["confidence"] = int((row.get("extra") or {}).get("confidence") or 0)
         meta["policies"] = " / ".join(sorted(str(summary.get("policy") or "?") for summary in pair))
@@ -221,8 +219,7 @@ def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_t
             found = f"{len(query)} query tokens and {len(responses)} responses"
             fits = query and len(responses) >= n_responses
             require(fits, f"{found}, but a query and {n_responses} are needed; correct or drop the row")
-            longest = max(map(len, responses), default=0)
-            return {**parsed, "responses": responses, "length": len(query) + longest}
+            return {**parsed, "responses": responses, "length": len(query) + max(map(len, responses), default=0)}
 
     # the code is part of the key: a changed format must not read an old cache
     code = (Path(path).read_bytes() for path in (__file__, tokenizer.path))

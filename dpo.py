@@ -48,7 +48,6 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, los
         "hinge": lambda: F.relu(1 - b * D),  # arXiv:2309.06657, hinge-norm
         "ipo": lambda: (D - 1 / (2 * b)) ** 2,  # arXiv:2310.12036 eq. 17
         "ipo_norm": lambda: (c / lengths[:, 0] - r / lengths[:, 1] - 1 / (2 * b)) ** 2,
-        "bco_pair": lambda: -ls(b * c) - ls(-b * r),  # arXiv:2404.04656, without its moving shift
         "apo_zero": lambda: 1 - s(b * c) + s(b * r),  # arXiv:2408.06266
     }
     require(loss_type in losses, f"loss_type {loss_type!r} is not known; use one of {', '.join(losses)}")
@@ -57,24 +56,20 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, los
     return losses[loss_type](), beta * c, beta * r
 
 
-def pair_logprobs(model, rows, n_vocab, device):
-    """Summed log-probabilities (B, 2) of the chosen and rejected responses (EOS included), in one forward pass.
+def pair_logprobs(run, model, rows):
+    """Summed log-probabilities (B, 2) of the chosen and rejected responses (EOS included), and their lengths (B, 2).
 
     One pass and not two, since a sharded model gathers its parameters once for each.
     """
     flat = [response for row in rows["responses"] for response in row]
-    ids, select, targets, mask = collate([query for query in rows["query"] for _ in range(2)], flat, device)
-    logprobs = token_logprobs(model(ids, select), targets, n_vocab=n_vocab)  # (2 B, R)
-    return (logprobs * mask).sum(1).view(-1, 2), mask.sum(1).view(-1, 2)
+    ids, select, targets, mask = collate([query for query in rows["query"] for _ in range(2)], flat, run.device)
+    logprobs = token_logprobs(model(ids, select), targets, n_vocab=run.tokenizer.n_vocab)  # (2 B, R)
+    return {"logprobs": (logprobs * mask).sum(1).view(-1, 2), "lengths": mask.sum(1).view(-1, 2)}
 
 
 def predict(run, cfg, model, rows):
     """Summed log-probabilities (n, 2) of every pair of a data set, on every rank."""
-
-    def logprobs(index):
-        return {"logprobs": pair_logprobs(model, rows[index], run.tokenizer.n_vocab, run.device)[0]}
-
-    return run.map_rows(logprobs, rows["length"], cfg.micro_batch_size)["logprobs"]
+    return run.map_rows(lambda i: pair_logprobs(run, model, rows[i]), rows["length"], cfg.micro_batch_size)["logprobs"]
 
 
 def update(run, cfg, model, rows, ref_logprobs):
@@ -82,7 +77,7 @@ def update(run, cfg, model, rows, ref_logprobs):
     names = ("loss/dpo", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected")
     parts, n_tokens = [], sum(len(chosen) for chosen, _ in rows["responses"])
     for index in run.share(rows["length"], cfg.micro_batch_size):
-        logprobs, lengths = pair_logprobs(model, rows[index], run.tokenizer.n_vocab, run.device)  # (B, 2)
+        logprobs, lengths = pair_logprobs(run, model, rows[index]).values()  # (B, 2)
         pairs = (*logprobs.unbind(1), *ref_logprobs[index].unbind(1))
         losses, chosen, rejected = dpo_loss(*pairs, cfg.beta, cfg.loss_type, cfg.label_smoothing, lengths)
         loss = losses.sum() / cfg.batch_size - cfg.sft_coef * logprobs[:, 0].sum() / n_tokens

@@ -287,7 +287,7 @@ def init_weights(model, seed=None, only=""):
     for index, (name, parameter) in enumerate(model.named_parameters()):
         if parameter.is_meta or not name.startswith(only):
             continue
-        generator = None if seed is None else torch.Generator().manual_seed(seed * 1_000_003 + index)
+        generator = None if seed is None else torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
         std = 1 / math.sqrt(model.config.hidden_size + 1) if "score" in name else model.config.initializer_range
         constant = float(name.endswith("norm.weight")) if name.endswith("bias") or "norm" in name else None
         value = torch.randn(parameter.shape, generator=generator) * std if constant is None else constant
@@ -387,7 +387,10 @@ def read_json(path):
 
 
 def write_json(path, values):
-    Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    """Write a JSON object; a process that is killed meanwhile leaves the old file, whole."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 # ---------------------------------------------------------------------------- probabilities and generation
@@ -416,8 +419,7 @@ def sample_token(logits, temperature, uniforms, n_vocab=None):
     cdf = F.softmax(logits / temperature, dim=-1).cumsum(-1)  # (B, V)
     # up to rounding the CDF ends at 1: scaling by its end keeps every draw inside it. `right` skips ids that
     # have no probability at all.
-    tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).squeeze(-1)
-    tokens = tokens.clamp(max=cdf.shape[1] - 1)
+    tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
     return tokens, token_logprobs(logits, tokens, temperature)
 
 

@@ -20,7 +20,6 @@ Shapes: B rows, Q query, R response, T = Q + R, V vocabulary. Masks are True whe
 With the defaults this is the reference step of arXiv:2403.17031. Beyond it, each by its field and off by default:
 
     kl_target, kl_horizon        adapt kl_coef to a KL per sequence                            arXiv:1909.08593 2.2
-    kl_estimator                 k2 or k3 as the KL in the reward; k1 has the right gradient   Schulman 2020
     truncate_token, _after       a token other than EOS ends the response                      arXiv:1909.08593
     adam_style                   eps as in TensorFlow's Adam                                   arXiv:1909.08593
     whiten_rewards               rewards of variance 1                                         arXiv:2403.17031 24
@@ -77,7 +76,6 @@ class Config(runtime.TrainConfig):
     truncate_after: int = 0  # an end before this column does not count
     missing_eos_score: Signed = -1.0  # the score of a response without EOS (detail 23.3)
     kl_coef: float = 0.05  # penalty per nat of KL to the reference
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # of the KL in the reward
     kl_target: float = 0.0  # adapt kl_coef, which must not be 0, towards this KL per sequence; 0: keep it fixed
     kl_horizon: Count = 10_000  # episodes over which it adapts
     reward_norm: Literal["none", "scale", "normalize"] = "none"  # scores / std of all so far; minus their mean too
@@ -114,11 +112,6 @@ def cut(batch, rows, more=1):
     return [row[: end + more] for row, end in zip(batch["responses"][rows].tolist(), batch["last"][rows].tolist())]
 
 
-def kl_estimate(log_ratio, estimator):
-    """Estimate KL(p, q) at samples of p by log_ratio = log p - log q: k1, k2 or k3 (Schulman 2020), of any shape."""
-    return {"k1": log_ratio, "k2": log_ratio**2 / 2, "k3": torch.expm1(-log_ratio) + log_ratio}[estimator]
-
-
 def normalize_scores(scores, moments, how):
     """Scores (B,) divided by the standard deviation of all so far ("scale"), or minus their mean first ("normalize").
 
@@ -133,14 +126,14 @@ def normalize_scores(scores, moments, how):
     return ((x - mean * (how == "normalize")) / std).float(), (n, mean, squares)
 
 
-def shape_rewards(logprobs, ref_logprobs, scores, last, mask, kl_coef, whiten_rewards=False, kl_estimator="k1"):
-    """Rewards per token (B, R): -kl_coef * KL, plus the score; and the KL (B, R), log p - log p_ref (k1).
+def shape_rewards(logprobs, ref_logprobs, scores, last, mask, kl_coef, whiten_rewards=False):
+    """Rewards per token (B, R): -kl_coef * KL, plus the score; and the KL (B, R), estimated by log p - log p_ref.
 
     scores (B,) are paid at last + 1, the step after EOS, or at the last column if there is no such step.
     whiten_rewards: divide by the standard deviation, keep the mean (arXiv:2403.17031 detail 24).
     """
     kl = (logprobs - ref_logprobs) * mask
-    rewards = -kl_coef * kl_estimate(kl, kl_estimator)
+    rewards = -kl_coef * kl
     end = (last + 1).clamp(max=mask.shape[1] - 1)
     rewards[torch.arange(len(rewards), device=rewards.device), end] += scores
     if whiten_rewards:
@@ -248,8 +241,7 @@ def rollout(run, cfg, policy, reference, critic, score, queries, step):
         ref_logprobs = forward(run, cfg, reference, queries, batch, index)[2]
         columns = dict(logprobs=logprobs, ref_logprobs=ref_logprobs, values=critic(ids, select), entropy=spread)
         columns = {name: F.pad(x, (0, cfg.response_length - x.shape[1])) for name, x in columns.items()}
-        ended = [row + added for row in cut(batch, index)]
-        return columns | {"scores": score([queries[i] for i in index], ended)}
+        return columns | {"scores": score([queries[i] for i in index], [row + added for row in cut(batch, index)])}
 
     measured = run.map_rows(measure, batch["length"].tolist(), size)
     for name, x in measured.items():
@@ -271,7 +263,7 @@ def prepare(cfg, batch, kl_coef, state=None):
         paid, state["moments"] = normalize_scores(scores, state["moments"], cfg.reward_norm)
     paid = paid.clamp(-(cfg.reward_clip or torch.inf), cfg.reward_clip or torch.inf)
     logprobs, ref_logprobs, values = batch["logprobs"], batch["ref_logprobs"], batch["values"] * mask_p1
-    rewards, kl = shape_rewards(logprobs, ref_logprobs, paid, last, mask, kl_coef, cfg.whiten_rewards, cfg.kl_estimator)
+    rewards, kl = shape_rewards(logprobs, ref_logprobs, paid, last, mask, kl_coef, cfg.whiten_rewards)
     advantages = gae(rewards, values, cfg.gamma, cfg.lam)
     returns = advantages + values
     advantages = whiten(advantages, mask) if cfg.whiten_advantages else advantages * mask
@@ -280,19 +272,16 @@ def prepare(cfg, batch, kl_coef, state=None):
     return batch | new | dict(returns=returns, advantages=advantages)
 
 
-def rollout_metrics(cfg, batch, kl_coef):
+def rollout_metrics(batch, kl_coef):
     """What the samples say, before any update; sums are per sequence, in nats."""
     mask, tokens, scores = batch["mask"], batch["mask"].sum().item(), batch["scores"].mean().item()
-    kl = {name: kl_estimate(batch["kl"], name).sum(1).mean().item() for name in ("k1", "k2", "k3")}
-    penalty = kl_coef * kl[cfg.kl_estimator]
+    kl = batch["kl"].sum(1).mean().item()
     metrics = {
-        "objective/kl": kl["k1"],
-        "objective/kl_k2": kl["k2"],
-        "objective/kl_k3": kl["k3"],
+        "objective/kl": kl,
         "objective/kl_coef": kl_coef,
         "objective/entropy": -(batch["logprobs"] * mask).sum(1).mean().item(),
-        "objective/non_score_reward": -penalty,
-        "objective/rlhf_reward": scores - penalty,
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": scores - kl_coef * kl,
         "objective/scores": scores,
         "policy/entropy_avg": (batch["entropy"] * mask).sum().item() / tokens,
         "val/num_eos_tokens": batch["has_eos"].sum().item(),
@@ -403,8 +392,7 @@ def main(cfg, score=None):
             return last_scalars(reward_models, run.device, queries, responses)
         texts = ([run.tokenizer.decode(ids) for ids in rows] for rows in (queries, responses))
         scores = [float(x) for x in score(*texts)]
-        n = len(responses)
-        require(len(scores) == n, f"the score function gave {len(scores)} scores for {n} responses; return one each")
+        require(len(scores) == len(responses), f"score gave {len(scores)} numbers for {len(responses)} responses")
         return torch.tensor(scores, device=run.device)
 
     head = cfg.critic or (sources[0] if sources else "")
@@ -416,11 +404,12 @@ def main(cfg, score=None):
         kl_control = AdaptiveKLController(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     state = {"kl_coef": cfg.kl_coef, "moments": (0, 0.0, 0.0)}
     for step in run.train({"policy": policy, "critic": critic}, state, lrs={"critic": cfg.critic_lr}):
-        kl_control.value = state["kl_coef"]
+        if cfg.kl_target:
+            kl_control.value = state["kl_coef"]
         queries = run.rows[run.batch()]["query"]
         batch = rollout(run, cfg, policy, reference, critic, scorer, queries, step)
         batch = prepare(cfg, batch, kl_control.value, state)
-        metrics = {"episode": (step + 1) * cfg.batch_size} | rollout_metrics(cfg, batch, kl_control.value)
+        metrics = {"episode": (step + 1) * cfg.batch_size} | rollout_metrics(batch, kl_control.value)
         ptx_rows = ptx and ptx.select(batch_rows(len(ptx), cfg.batch_size, step, cfg.seed + 1))
         metrics |= ppo_update(run, cfg, policy, critic, queries, batch, ptx_rows)
         kl_control.update(metrics["objective/kl"], cfg.batch_size)

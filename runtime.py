@@ -5,6 +5,7 @@ All randomness is a pure function of (seed, step, row), so there is no generator
 """
 
 import contextlib
+import fcntl
 import functools
 import gc
 import hashlib
@@ -84,9 +85,8 @@ class Done(Exception):
 
 
 def stage(main):
-    """Decorate a script's main(cfg, ...): it ends with one line where a user can help, and leaves no process group.
-
-    The line is that of a UserError, and names the disk's, the memory's or a checkpoint's trouble.
+    """Decorate a script's main(cfg, ...): trouble with the disk, the memory or a checkpoint becomes a UserError, one
+    line that says what to do; a run that ends well leaves no process group behind.
     """
 
     @functools.wraps(main)
@@ -98,9 +98,10 @@ def stage(main):
             dist.barrier()  # a process that tears down early can abort the others
             dist.destroy_process_group()
         except (OSError, MemoryError, RuntimeError, dcp.CheckpointException) as error:
-            cause = next(iter(getattr(error, "failures", {0: [error]}).values()))[0]  # of a checkpoint, the first
+            # a CheckpointException has failures: rank -> (its error, a traceback)
+            cause = next(iter(getattr(error, "failures", {0: [error]}).values()))[0]
             reason = str(cause).split("\n")[0]
-            if isinstance(cause, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in reason:
+            if isinstance(cause, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason:
                 sizes = " or ".join(f"{name} ({n})" for name, n in vars(cfg).items() if "micro_batch_size" in name)
                 raise UserError(f"out of memory: {reason}; lower {sizes}, or see activation_checkpointing") from None
             if cause is not error or (isinstance(cause, OSError) and cause.errno):
@@ -126,8 +127,7 @@ class Run:
         self.losses, self.skipped, self.stopping = [], 0, False
         kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         require(kind == "cpu" or torch.cuda.is_available(), "device 'cuda' is not there; use --device=cpu")
-        half = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and kind == "cuda")
-        self.dtype = torch.bfloat16 if half else torch.float32
+        self.dtype = getattr(torch, cfg.dtype.replace("auto", "bfloat16" if kind == "cuda" else "float32"))
         self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
         if kind == "cuda":
             torch.cuda.set_device(self.device)
@@ -180,6 +180,12 @@ class Run:
         dist.all_reduce(total)
         return dict(zip(parts[0], total.tolist()))
 
+    def agree(self, value):
+        """Rank 0's value, on every rank: what depends on files must not differ between them."""
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
     def load(self, source, split, **options):
         """`load_rows` with the configuration's limits; rank 0 goes first, the others then find its cache."""
         limits = {k: v for k, v in vars(self.cfg).items() if k in ("max_query_tokens", "max_length")}
@@ -194,7 +200,7 @@ class Run:
     def train(self, models, state=None, lrs=None):
         """Yield the updates still to do, under a progress bar; a checkpoint follows after each save_every.
 
-        SIGTERM or SIGINT (Ctrl-C) ends the run after the update, with a checkpoint; a second one ends it at once.
+        SIGTERM or SIGINT (Ctrl-C) ends the run after the update, with a checkpoint; a second Ctrl-C ends it at once.
 
         models: name -> module, each with a group of the optimizer. lrs: name -> its learning rate, if not cfg.lr.
         state:  what else a resumed run needs, in JSON; the loop's body changes it in place.
@@ -209,14 +215,20 @@ class Run:
             self.step += 1
             self.bar.update()
             stopping = self.sum([{"asked": torch.tensor(float(self.stopping), device=self.device)}])["asked"] > 0
-            if stopping or (self.cfg.save_every and self.step % self.cfg.save_every == 0):
+            # the last update has one too: evaluation and export can fail
+            due = self.cfg.save_every and (self.step % self.cfg.save_every == 0 or self.step == self.total)
+            if stopping or due:
                 save_checkpoint(self, state)
             if stopping and self.step < self.total:
                 self.end(f"stopped after update {self.step}; the same command goes on from there")
 
     def stop(self, number, frame):
-        self.stopping = True
-        signal.signal(number, signal.default_int_handler)
+        # schedulers send SIGTERM more than once: to torchrun, which passes it on, and to each process
+        if number == signal.SIGINT and (self.stopping or self.step == self.total):
+            raise KeyboardInterrupt("ended at once by Ctrl-C")
+        self.stopping = self.bar.disable = True
+        with contextlib.suppress(OSError):  # the `tee` of `| tee log` ends by the same Ctrl-C: no more bar, no message
+            os.write(2, b"\nstopping after this update, with a checkpoint (Ctrl-C: at once, without)\n")
 
     def end(self, text):
         self.print(text)
@@ -249,14 +261,13 @@ def start(cfg, n_responses, tokenizer="", n_minibatches=1, **options):
     """
     run = Run(cfg)
     open_directory(run)
-    if (run.out_dir / "final").exists():
+    if run.agree((run.out_dir / "final").exists()):
         run.end(f"{run.out_dir}/final is there already; to train again, choose another out_dir")
     run.tokenizer = Tokenizer.load(tokenizer or cfg.model)
     run.rows = run.load(cfg.data, cfg.train_split, n_responses=n_responses, **options)
     run.held_out = cfg.eval_split and run.load(cfg.data, cfg.eval_split, n_responses=n_responses, **options)
     parts, n_rows = n_minibatches * run.size, cfg.episodes or len(run.rows)
-    wrong = f"batch_size {cfg.batch_size} does not divide by {n_minibatches} minibatches x {run.size} processes"
-    require(cfg.batch_size % parts == 0, f"{wrong}; make it a multiple of {parts}")
+    require(cfg.batch_size % parts == 0, f"batch_size must be a multiple of {parts}, minibatches x processes")
     run.total = n_rows // cfg.batch_size
     require(run.total > 0, f"{n_rows} rows are less than a batch of {cfg.batch_size}; lower batch_size")
     run.print(f"{run.total} updates: {n_minibatches} minibatches x {run.size} ranks x {cfg.batch_size // parts} rows")
@@ -270,12 +281,14 @@ def open_directory(run):
     """
     values = asdict(run.cfg)
     del values["accept_changes"], values["out_dir"]  # a run may be moved
-    if not run.cfg.accept_changes and any((run.out_dir / name).exists() for name in ("checkpoints", "final", *LOGS)):
+    require(run.cfg.out_dir, "out_dir is empty; name a directory")
+    # a model's config.json must stay, too
+    begun = ("checkpoints", "final", "model.safetensors", "model.safetensors.index.json", *LOGS)
+    if not run.cfg.accept_changes and any((run.out_dir / name).exists() for name in begun):
         was = read_json(run.out_dir / "config.json")
         changed = [f"{key} ({was.get(key)!r} -> {new!r})" for key, new in values.items() if was.get(key) != new]
         which = f"{run.out_dir} holds a run with another configuration: {', '.join(changed)}"
         require(not changed, f"{which}; choose another out_dir, or go on knowingly with --accept_changes")
-    dist.barrier()
     run.print(*(f"{key} = {value!r}" for key, value in values.items()))
     if run.is_main:
         run.out_dir.mkdir(parents=True, exist_ok=True)
@@ -345,15 +358,12 @@ def generate_rows(run, model, queries, draws, temperature, stop, micro_batch_siz
     With cfg.rollout_gather the parameters stay whole meanwhile, with no collective per token; without it they are
     gathered block by block for each, and all ranks take as many steps as the slowest.
     """
-
-    def all_done(done):
-        return not run.sum([{"left": (~done).sum()}])["left"]
+    ends = torch.all if run.cfg.rollout_gather else lambda done: not run.sum([{"left": (~done).sum()}])["left"]
 
     def sample(index):
         ids, lengths = pad_right([queries[i] for i in index])
         ids, lengths, draw = (x.to(run.device) for x in (ids, lengths, draws[index]))
         n_vocab, R = run.tokenizer.n_vocab, draws.shape[1]
-        ends = torch.all if run.cfg.rollout_gather else all_done
         out = generate(model, ids, lengths, R, temperature, draw, stop, n_vocab, return_logprobs=True, all_done=ends)
         return dict(zip(("responses", "logprobs"), out))
 
@@ -387,7 +397,8 @@ def learning_rate(step, total_steps, lr, schedule, warmup_steps=0):
 
 
 def backward(run, loss, rows=()):
-    """Back-propagate this rank's part of a loss that is a sum over all ranks. rows: whose it is, within the batch.
+    """Back-propagate this rank's part of a loss that is a sum over all ranks. rows: positions in run.batch(), to be
+    named if the loss is not finite.
 
     FSDP averages gradients over the ranks; the factor undoes that. (set_gradient_divide_factor does not work on
     gloo, and on the root module alone it leaves the blocks averaged.)
@@ -406,11 +417,10 @@ def optimizer_step(run):
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = full(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])).to(run.device)
     losses, run.losses = run.losses, []
-    bad = torch.stack([norm, *(loss for _, loss in losses)]).isfinite().logical_not().any()
-    skip = run.sum([{"bad": bad}])["bad"] > 0
+    skip = run.sum([{"bad": ~torch.stack([norm, *(loss for _, loss in losses)]).isfinite().all()}])["bad"] > 0
     if skip and cfg.on_nonfinite == "stop":
         rows = [row for index, loss in losses if not loss.isfinite() for row in run.batch()[list(index)].tolist()]
-        what = f"the gradient norm is {norm.item()}, the loss of this rank's rows {rows or '(none)'} is not finite"
+        what = f"the gradient norm is {norm.item()}; this rank's rows whose loss is not finite: {rows or 'none'}"
         raise UserError(f"step {run.step}, rank {run.rank}: {what}; lower lr, or mend the rows")
     if cfg.max_grad_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, cfg.max_grad_norm, norm)
@@ -441,58 +451,73 @@ def save_checkpoint(run, state):
 
     It is on the disk and complete before it gets its final name. Collective.
     """
-    directory = run.out_dir / "checkpoints"
-    final, temporary = directory / f"step_{run.step}", directory / f"tmp_{run.step}"
+    directory, tensors = run.out_dir / "checkpoints", training_state(run)
+    temporary = directory / f"tmp_{run.step}"
     if run.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while it wrote
+        for old in directory.glob("tmp_*"):
+            shutil.rmtree(old, ignore_errors=True)  # of a run that was killed while it wrote
         temporary.mkdir(parents=True)
         sizes = {path.name: path.stat().st_size for path in map(run.out_dir.joinpath, LOGS) if path.exists()}
         write_json(temporary / "state.json", {"step": run.step, "sizes": sizes, **state})
-    dcp.save(training_state(run), storage_writer=dcp.HuggingFaceStorageWriter(temporary, save_distributed=True))
+    dist.barrier()
+    files = {name: 1 + i // 32 for i, name in enumerate(tensors)}  # a file is copied to CPU memory before it is written
+    dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(temporary, files, save_distributed=True))
     written = checksums(run, temporary)
+    require(written, f"{temporary}: not all of it can be read back; out_dir must be one disk that all processes see")
     if run.is_main:
         write_json(temporary / "checksums.json", written)
-        move(temporary, final)
-        for old in list_checkpoints(run)[: -run.cfg.keep_checkpoints]:
-            if not run.cfg.keep_every or int(old.name[len("step_") :]) % run.cfg.keep_every:
-                shutil.rmtree(old)
+        move(temporary, directory / f"step_{run.step}")
+        for step in list_checkpoints(run)[: -run.cfg.keep_checkpoints]:
+            if not run.cfg.keep_every or step % run.cfg.keep_every:
+                shutil.rmtree(directory / f"step_{step}", ignore_errors=True)
 
 
 def list_checkpoints(run):
-    return sorted((run.out_dir / "checkpoints").glob("step_*"), key=lambda path: int(path.name[len("step_") :]))
+    """The steps of which there is a checkpoint, in order."""
+    names = {path.name for path in (run.out_dir / "checkpoints").glob("step_*")}
+    return [step for step in range(run.total + 1) if f"step_{step}" in names]
 
 
 def checksums(run, directory):
-    """SHA-256 of each file of a checkpoint, on every rank; the ranks share the reading."""
-    names, parts = sorted(set(os.listdir(directory)) - {"checksums.json"})[run.rank :: run.size], [None] * run.size
-    mine = {name: hashlib.file_digest((directory / name).open("rb"), "sha256").hexdigest() for name in names}
+    """SHA-256 of each file of a checkpoint, on every rank; {} if one cannot be read. The ranks share the reading."""
+    names, mine, parts = run.agree(sorted(path.name for path in directory.glob("*"))), {}, [None] * run.size
+    with contextlib.suppress(OSError):
+        for name in names[run.rank :: run.size]:
+            mine[name] = hashlib.file_digest((directory / name).open("rb"), "sha256").hexdigest()
     dist.all_gather_object(parts, mine)
-    return {name: digest for part in parts for name, digest in part.items()}
+    digests = {name: digest for part in parts for name, digest in part.items()}
+    return {name: digests[name] for name in names if name != "checksums.json"} if len(digests) == len(names) else {}
 
 
 def resume(run, state):
     """Load the newest whole checkpoint in place, `state` too; returns its step, or 0 if none was ever written.
 
     metrics.jsonl and samples.jsonl go back to that step, so that a resumed run writes what an unbroken one would.
-    Raises UserError if there are checkpoints, but none is whole.
+    Raises UserError if there are checkpoints, but none is whole, and if another run is at work in the directory.
     """
-    step, sizes, found = 0, {}, list_checkpoints(run)
-    for path in reversed(found):
-        try:
-            whole = checksums(run, path) == read_json(path / "checksums.json")
-            require(whole, "its files are not as they were written")
-        except UserError as error:
-            run.print(f"passed over {path}: {error}")
-            continue
-        dcp.load(training_state(run), storage_reader=dcp.HuggingFaceStorageReader(path))
-        state.update(read_json(path / "state.json"))
-        step, sizes = state.pop("step"), state.pop("sizes")
-        run.print(f"resumed from {path}")
-        break
-    require(step or not found, f"{run.out_dir}/checkpoints: none can be read; remove them all to start anew")
-    dist.barrier()
-    for path in filter(Path.exists, map(run.out_dir.joinpath, LOGS if run.is_main else ())):
-        os.truncate(path, sizes.get(path.name, 0))
+    found, directory = run.agree(list_checkpoints(run)), run.out_dir / "checkpoints"
+    for step in reversed(found):
+        path, written = directory / f"step_{step}", {}
+        with contextlib.suppress(UserError):
+            written = read_json(path / "checksums.json")
+        if checksums(run, path) == run.agree(written) != {}:
+            dcp.load(training_state(run), storage_reader=dcp.HuggingFaceStorageReader(path))
+            state.update(read_json(path / "state.json"))
+            run.print(f"resumed from {path}")
+            break
+        run.print(f"passed over {path}: its files are not as they were written")
+    else:
+        require(not found, f"{run.out_dir}/checkpoints: none can be read; remove them all to start anew")
+    step, sizes = state.pop("step", 0), state.pop("sizes", {})
+    if run.is_main:
+        # a lock, which ends with the process: it may have survived its torchrun. Not every file system has locks.
+        with contextlib.suppress(OSError), explain(f"{run.out_dir}: another run is there; stop it", BlockingIOError):
+            run.lock = (run.out_dir / "lock").open("w")
+            fcntl.lockf(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for late in [late for late in found if late > step]:  # the logs will not reach them: hide them
+            move(directory / f"step_{late}", directory / f"bad_step_{late}")
+        for path in filter(Path.exists, map(run.out_dir.joinpath, LOGS)):
+            os.truncate(path, min(sizes.get(path.name, 0), path.stat().st_size))
     return step
 
 

@@ -7,7 +7,7 @@
 
 Over a split it prints one table per model; of the one with the best score it writes out_dir/samples.jsonl (query,
 response, reference, tokens, eos, score, reference_score, kl) and out_dir/summary.json, beside out_dir/config.json. The
-tokens drawn depend on `seed` alone. ROUGE is there if the rouge-score package is.
+tokens drawn depend on `seed` alone.
 """
 
 import functools
@@ -69,10 +69,8 @@ def log_ratio(model, reference, device, temperature, n_vocab, queries, responses
 
 def rouge(references, responses):
     """Mean ROUGE F-measures by the rouge-score library."""
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        return {}
+    from rouge_score.rouge_scorer import RougeScorer  # here, since it takes a second
+
     names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
     scorer = RougeScorer(names)
     scores = [scorer.score(reference, response) for reference, response in zip(references, responses)]
@@ -110,15 +108,13 @@ def complete(run, cfg):
     model = runtime.load_model(run, GPTNeoX, cfg.model)
     texts = (line.rstrip("\n") for line in sys.stdin) if cfg.prompt == "-" else [cfg.prompt]
     for number, text in enumerate(filter(str.strip, texts)):
-        response = sample(run, cfg, model, [run.tokenizer.encode(text)], number)[0]
-        print(run.tokenizer.decode(response), flush=True)
+        print(run.tokenizer.decode(sample(run, cfg, model, [run.tokenizer.encode(text)], number)[0]), flush=True)
 
 
 @runtime.stage
 def main(cfg):
     run, sources = runtime.Run(cfg), cfg.model.split(",")
-    fits = len(sources) == 1 or (cfg.reward_model and not cfg.prompt)
-    require(fits, "several models are compared on data, by a reward_model: give one, or a single model")
+    require(len(sources) == 1 or (cfg.reward_model and not cfg.prompt), "several models need a reward_model and data")
     if cfg.out_dir and not cfg.prompt:
         runtime.open_directory(run)
     run.tokenizer = Tokenizer.load(sources[0])

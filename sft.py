@@ -70,8 +70,7 @@ def evaluate(run, cfg, model, rows):
         return {"nll": -(token_logprobs(model(ids, select), targets) * mask).sum(1), "tokens": mask.sum(1)}
 
     nll, tokens = run.map_rows(nll, rows["length"], cfg.micro_batch_size).values()
-    loss = nll.sum() / tokens.sum() if cfg.reduction == "token" else (nll / tokens).mean()
-    return {"eval/loss": loss.item()}
+    return {"eval/loss": (nll.sum() / tokens.sum() if cfg.reduction == "token" else (nll / tokens).mean()).item()}
 
 
 @runtime.stage

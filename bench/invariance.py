@@ -4,8 +4,8 @@
     python bench/invariance.py dpo ppo                               # of these stages alone
 
 Five updates of eight rows of each stage, on the embedded toy data and a tiny model, in float32. The reference is one
-process with micro-batches of one row. Loss: the largest |a - b| / |b| of the losses in metrics.jsonl. Weights: the
-largest |a - b| of a final tensor, over the largest |b| in it. Texts: whether the same were sampled. Prints a table in
+process with micro-batches of one row. Loss: the largest |a - b| / |b| of the losses in metrics.jsonl. Weights, biases:
+the largest |a - b| of a final tensor, over the largest |b| in it. Stops if other texts were sampled. Prints a table in
 Markdown.
 """
 
@@ -34,33 +34,37 @@ def run(stage, cfg, processes):
 
 
 def distance(cfg, reference):
-    """Of the losses, of the weights, and whether the sampled texts are the same."""
+    """Of the losses, of the weights and of the biases."""
     losses = [abs(a[name] - b[name]) / abs(b[name]) for a, b in zip(metrics(cfg), metrics(reference), strict=True)
               for name in b if "loss" in name]  # fmt: skip
     ours, theirs = (load_file(Path(c.out_dir) / "final" / "model.safetensors") for c in (cfg, reference))
-    weights = [((ours[name] - b).abs().max() / b.abs().max().clamp(min=1e-12)).item() for name, b in theirs.items()]
-    texts = [Path(c.out_dir) / "samples.jsonl" for c in (cfg, reference)]
-    if not texts[0].exists():
-        return max(losses), max(weights), ""
-    responses = [[json.loads(line)["response"] for line in path.read_text().splitlines()] for path in texts]
-    return max(losses), max(weights), "same" if responses[0] == responses[1] else "other"
+    apart = {name: ((ours[name] - b).abs().max() / b.abs().max().clamp(min=1e-12)).item() for name, b in theirs.items()}
+    weights, biases = (max(x for n, x in apart.items() if n.endswith("bias") == which) for which in (False, True))
+    return max(losses), weights, biases
+
+
+def texts(cfg):
+    path = Path(cfg.out_dir) / "samples.jsonl"
+    return [json.loads(line)["response"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def main():
-    pipeline = Pipeline(Path(tempfile.mkdtemp(prefix="invariance-")))
-    rows = ["| stage | processes | micro-batch | loss | weights | texts |", "|---|---|---|---|---|---|"]
+    pipeline, micro_batches = Pipeline(Path(tempfile.mkdtemp(prefix="invariance-"))), (1, 2, 8)
+    rows = ["| stage | processes | micro-batch " + " | ".join(map(str, micro_batches)) + " |", "|" + "---|" * 5]
     for stage in sys.argv[1:] or STAGES:
-        options, reference = STAGES[stage], None
+        reference = None
         for processes in (1, 2, 4):
-            for micro in (1, 2, 8):
-                name = f"{stage}_{processes}_{micro}"
-                options = dict(options, episodes=40, micro_batch_size=micro)
-                cfg = pipeline.config(importlib.import_module(stage), name, **options)
+            cells = []
+            for micro in micro_batches:
+                options = dict(STAGES[stage], episodes=40, micro_batch_size=micro)
+                cfg = pipeline.config(importlib.import_module(stage), f"{stage}_{processes}_{micro}", **options)
                 run(stage, cfg, processes)
+                if reference and texts(cfg) != texts(reference):
+                    raise SystemExit(f"{cfg.out_dir} sampled other texts than {reference.out_dir}")
+                cells.append(" / ".join(f"{x:.0e}" for x in distance(cfg, reference)) if reference else "(reference)")
                 reference = reference or cfg
-                loss, weights, texts = distance(cfg, reference)
-                rows.append(f"| {stage} | {processes} | {micro} | {loss:.1e} | {weights:.1e} | {texts} |")
-                print(rows[-1], flush=True)
+            rows.append(f"| {stage} | {processes} | " + " | ".join(cells) + " |")
+            print(rows[-1], flush=True)
     print("\n".join(rows))
 
 

@@ -43,7 +43,6 @@ PPO_MAX = [*NORM, "--whiten_advantages=false", "--critic_steps=4", "--critic_lr=
 PPO_OPTIONS = {
     "off": [],
     "adaptive KL (target 3, horizon 1000)": ["--kl_target=3", "--kl_horizon=1000"],
-    "KL estimator k3 in the reward": ["--kl_estimator=k3"],
     "reward whitening": ["--whiten_rewards"],
     "advantages not whitened": ["--whiten_advantages=false"],
     "advantage clip 0.5": ["--advantage_clip=0.5"],
@@ -69,7 +68,7 @@ DPO_OPTIONS = {
     "off": [],
     "cDPO 0.1": ["--label_smoothing=0.1"],
     "robust 0.1": ["--loss_type=robust", "--label_smoothing=0.1"],
-    **{name: [f"--loss_type={name}"] for name in ("hinge", "ipo", "ipo_norm", "bco_pair", "apo_zero")},
+    **{name: [f"--loss_type={name}"] for name in ("hinge", "ipo", "ipo_norm", "apo_zero")},
     "SFT term 1.0": ["--sft_coef=1.0"],
 }  # fmt: skip
 GROUPS = {"ppo": PPO_OPTIONS, "dpo": DPO_OPTIONS, "rm": RM_OPTIONS}

@@ -147,8 +147,8 @@ class Plan:
     def parameters(self, cls, shape=None):
         return count(cls, *astuple(shape or self.shape))
 
-    def trained(self, name, cls):
-        n = self.parameters(cls)[2] / self.shards
+    def trained(self, name, cls, shape=None):
+        n = self.parameters(cls, shape)[2] / self.shards
         if self.cfg.offload != "all":
             self.always |= {f"{name}: masters": 4 * n, f"{name}: Adam's moments": 8 * n}
 
@@ -156,19 +156,20 @@ class Plan:
         if self.cfg.offload == "none":
             self.always[f"{name}: weights"] = self.size * self.parameters(cls, shape_of(source))[2] / self.shards
 
-    def gathered(self, *classes, backward=False):
-        """What FSDP holds whole during a pass through models of one shape."""
-        block, rests = self.parameters(classes[0])[0], [self.parameters(cls)[1] for cls in classes]
+    def gathered(self, *kinds, backward=False):
+        """What FSDP holds whole during a pass through models, each a class and its shape (if not the policy's)."""
+        blocks, rests, _ = zip(*(self.parameters(*kind) for kind in kinds))
+        block = max(blocks)
         terms = {"gathered: two blocks": 2 * self.size * block, "gathered: embeddings, head": self.size * sum(rests)}
         if backward:  # a block's gradient, and its copy in float32 to reduce; the rest's comes last
             whole = (self.size + 4) * max(block, *rests) + self.size * rests[-1]
             terms["unsharded gradients, to reduce"] = whole
         return terms
 
-    def update(self, function, *classes):
-        """The training pass `function` of models of these classes, and AdamW's step."""
-        n = sum(self.parameters(cls)[2] / self.shards for cls in classes) * (self.cfg.offload != "all")
-        terms = self.gathered(*classes, backward=True) | {"activations and logits": peak_of(function)}
+    def update(self, function, *kinds):
+        """The training pass `function` of models of these kinds, and AdamW's step."""
+        n = sum(self.parameters(*kind)[2] / self.shards for kind in kinds) * (self.cfg.offload != "all")
+        terms = self.gathered(*kinds, backward=True) | {"activations and logits": peak_of(function)}
         # gradients stay from one micro-batch to the next; those of the first come while its activations go
         rows = self.cfg.batch_size // (self.processes * getattr(self.cfg, "n_minibatches", 1))
         self.phases["update"] = terms | ({"gradients": 4 * n} if rows > self.cfg.micro_batch_size else {})
@@ -179,7 +180,7 @@ class Plan:
         """A stage with one model: loss(model, ids, select)."""
         self.trained("model", cls)
         model = meta(cls, self.shape, self.dtype, self.cfg.activation_checkpointing)
-        self.update(lambda: loss(model, tokens(rows, length), tokens(rows, n_predicted)).backward(), cls)
+        self.update(lambda: loss(model, tokens(rows, length), tokens(rows, n_predicted)).backward(), (cls,))
 
     def sft(self):
         rows, T = self.cfg.micro_batch_size, self.cfg.max_length
@@ -204,12 +205,15 @@ class Plan:
     def ppo(self):
         cfg, R = self.cfg, self.cfg.response_length
         Q = cfg.max_length
+        sources = list(filter(None, cfg.reward_model.split(",")))
+        critic_shape = shape_of(cfg.critic or (sources[0] if sources else cfg.model))
         self.trained("policy", GPTNeoX)
-        self.trained("critic", ScalarModel)
+        self.trained("critic", ScalarModel, critic_shape)
         self.frozen("reference", GPTNeoX, cfg.reference or cfg.model)
-        self.frozen("reward model", ScalarModel, cfg.model)
-        kind = (self.shape, self.dtype, cfg.activation_checkpointing)
-        policy, critic = meta(GPTNeoX, *kind), meta(ScalarModel, *kind)
+        for source in sources:
+            self.frozen(f"reward model {source}", ScalarModel, source)
+        policy = meta(GPTNeoX, self.shape, self.dtype, cfg.activation_checkpointing)
+        critic = meta(ScalarModel, critic_shape, self.dtype, cfg.activation_checkpointing)
         rows, whole = cfg.rollout_micro_batch_size, self.size * self.parameters(GPTNeoX)[2]
         lengths = torch.zeros(rows, dtype=torch.long, device="meta")
 
@@ -220,7 +224,7 @@ class Plan:
 
         cache = 2 * self.shape.num_hidden_layers * rows * (Q + R) * self.shape.hidden_size * self.size
         rest = peak_of(prefill) - cache
-        held = {"gathered: the policy": whole} if cfg.rollout_gather else self.gathered(GPTNeoX)
+        held = {"gathered: the policy": whole} if cfg.rollout_gather else self.gathered((GPTNeoX,))
         self.phases["generation"] = held | {"key-value cache": cache, "activations of the prefill, sampling": rest}
 
         @torch.no_grad()
@@ -237,11 +241,13 @@ class Plan:
             zeros = torch.zeros(select.shape, device="meta")
             names = ("logprobs", "advantages", "returns", "values")
             batch = dict.fromkeys(names, zeros) | dict(mask=zeros > 0, mask_p1=zeros > 0)
-            new = token_logprobs(policy(ids, select), select, cfg.temperature, self.n_vocab)
-            count = torch.zeros((), device="meta")
-            ppo.ppo_loss(cfg, new, critic(ids, select), batch, count, count)[0].backward()
+            logits, count = policy(ids, select), torch.zeros((), device="meta")
+            new = token_logprobs(logits, select, cfg.temperature, self.n_vocab)
+            spread = ppo.entropy(logits, cfg.temperature, self.n_vocab) if cfg.entropy_coef else None
+            ppo.ppo_loss(cfg, new, critic(ids, select), batch, count, count, spread)[0].backward()
 
-        self.update(update, GPTNeoX, ScalarModel)
+        # PPO-ptx has a backward pass of its own, through rows no longer than these and the policy alone
+        self.update(update, (GPTNeoX,), (ScalarModel, critic_shape))
 
     def lines(self):
         rows = [(f"always: {name}", size) for name, size in self.always.items()]

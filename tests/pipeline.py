@@ -28,7 +28,7 @@ def write_rows(path, rows):
 
 
 # every option of PPO at once
-EVERYTHING = dict(kl_estimator="k3", reward_norm="normalize", reward_clip=2.0, advantage_clip=1.0, critic_steps=3,
+EVERYTHING = dict(reward_norm="normalize", reward_clip=2.0, advantage_clip=1.0, critic_steps=3,
                   critic_lr=2e-3, entropy_coef=0.01, ptx_coef=0.5, max_grad_norm=1.0, adam_style="tf",
                   kl_target=0.5)  # fmt: skip
 
@@ -65,7 +65,7 @@ class Pipeline:
         )[stage.__name__]  # fmt: skip
         known = {field.name for field in dataclasses.fields(stage.Config)}
         small = {key: value for key, value in SMALL.items() if key in known}
-        return stage.Config(**{**small, **values, **changes, "out_dir": str(self.directory / name)})
+        return stage.Config(**{**small, **values, "out_dir": str(self.directory / name), **changes})
 
 
 def arguments(cfg):

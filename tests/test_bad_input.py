@@ -107,9 +107,11 @@ CASES = {
     "smoothing that does nothing": (dpo, lambda d: dict(loss_type="ipo", label_smoothing=0.1), "label_smoothing.*ipo"),
     "batch of 0": (sft, lambda d: dict(batch_size=0), "'batch_size' takes int from 1"),
     "micro-batch of 0": (sft, lambda d: dict(micro_batch_size=0), "'micro_batch_size' takes int from 1"),
-    "batch not divisible": (ppo, lambda d: dict(n_minibatches=3), "batch_size 8 does not divide by 3.*multiple of 3"),
+    "batch not divisible": (ppo, lambda d: dict(n_minibatches=3), "batch_size must be a multiple of 3"),
     "batch larger than the data": (sft, lambda d: dict(batch_size=64, episodes=0), "60 rows are less than a batch"),
     "out_dir is a file": (sft, lambda d: (d / "new").write_text("") and None, "new.*File exists.*run the same command"),
+    "out_dir without a name": (sft, lambda d: dict(out_dir=""), "out_dir is empty"),
+    "out_dir is a model's": (sft, lambda d: dict(out_dir=str(d / "sft/final")), "final holds.*choose another out_dir"),
     "missing model": (rm, lambda d: dict(model=str(d / "nowhere")), "nowhere.*neither a directory nor"),
     "missing reward model": (ppo, lambda d: dict(reward_model="no/where"), "no/where"),
     "missing tokenizer": (rm, lambda d: (d / "sft/final/tokenizer.json").unlink(), "tokenizer.json"),
@@ -234,9 +236,9 @@ def test_bad_input_is_one_line(pipeline, bad, case):
         stage.main(change(pipeline, bad, stage, **(changes if isinstance(changes, dict) else {})))
     assert "\n" not in str(error.value)
     after = contents(bad)
-    # a run that gets as far as its directory writes its configuration there; nothing else may change
+    # a run that gets as far as its directory writes its configuration there, and a lock; nothing else may change
     new = {path for path in after if path not in before}
-    assert all(path.is_relative_to(bad / "new") and path.name == "config.json" for path in new)
+    assert all(path.is_relative_to(bad / "new") and path.name in ("config.json", "lock") for path in new)
     assert {path: after[path] for path in before} == before
 
 

@@ -59,13 +59,15 @@ def test_two_processes_are_one_run(pipeline, name, options, tmp_path):
 
 @pytest.fixture(scope="module")
 def sharded(pipeline):
-    """A PPO run on two processes, with a checkpoint after its second and fourth update."""
-    cfg = pipeline.config(ppo, "sharded", episodes=40, save_every=2, kl_target=0.5)
+    """A PPO run on two processes, with a checkpoint after its second, fourth and last update."""
+    cfg = pipeline.config(ppo, "sharded", episodes=40, save_every=2, keep_checkpoints=3, kl_target=0.5)
     torchrun("ppo", cfg)
     return cfg
 
 
-@pytest.mark.parametrize("options", [dict(rollout_gather=False), dict(activation_checkpointing=True, offload="all")])
+@pytest.mark.parametrize("options", [
+    dict(rollout_gather=False, offload="frozen"), dict(activation_checkpointing=True, offload="all"),
+])  # fmt: skip
 def test_ways_to_save_memory_change_no_bit(pipeline, sharded, options):
     cfg = pipeline.config(ppo, "saving", episodes=40, save_every=2, kl_target=0.5, **options)
     torchrun("ppo", cfg)
@@ -82,14 +84,15 @@ def test_two_replicas_of_two_shards_are_one_run(pipeline, sharded):
     same_weights(sharded, cfg)
 
 
-@pytest.mark.parametrize("n", [1, 4])
-def test_a_run_saved_by_two_processes_goes_on_in_others(pipeline, sharded, n):
+@pytest.mark.parametrize("n, options", [(1, {}), (4, {}), (4, dict(shard_size=2, offload="all"))])
+def test_a_run_saved_by_two_processes_goes_on_in_others(pipeline, sharded, n, options):
     """From its second update; the reference is the run that two processes finished."""
-    moved = pipeline.directory / f"resumed_on_{n}"
+    moved = pipeline.directory / f"resumed_on_{n}_{len(options)}"
     shutil.copytree(sharded.out_dir, moved)
-    for name in ("final", "checkpoints/step_4"):
+    for name in ("final", "checkpoints/step_4", "checkpoints/step_5"):
         shutil.rmtree(moved / name)
-    cfg = pipeline.config(ppo, moved.name, episodes=40, save_every=2, kl_target=0.5)
+    cfg = pipeline.config(ppo, moved.name, episodes=40, save_every=2, keep_checkpoints=3, kl_target=0.5,
+                          accept_changes=True, **options)  # fmt: skip
     assert f"resumed from {moved}/checkpoints/step_2" in torchrun("ppo", cfg, n)
     same_metrics(metrics(sharded), metrics(cfg))
     assert metrics(sharded)[:2] == metrics(cfg)[:2]  # those were not written anew

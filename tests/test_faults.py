@@ -53,20 +53,23 @@ def checkpoints(cfg):
 
 @pytest.fixture(scope="module")
 def whole(pipeline):
-    """An SFT run of five updates with a checkpoint after each second one, left alone."""
-    cfg = pipeline.config(sft, "whole", episodes=40, save_every=2, eval_split="")
+    """An SFT run of five updates with a checkpoint after each second one and the last, left alone."""
+    cfg = pipeline.config(sft, "whole", episodes=40, save_every=2, keep_checkpoints=3, eval_split="")
     sft.main(cfg)
-    assert checkpoints(cfg) == ["step_2", "step_4"]
+    assert checkpoints(cfg) == ["step_2", "step_4", "step_5"]
     return cfg
 
 
 @pytest.fixture
 def broken(pipeline, whole, tmp_path):
-    """A copy of that run as it was before its last update, in a place of its own."""
-    shutil.copytree(whole.out_dir, pipeline.directory / "broken", dirs_exist_ok=True)
-    shutil.rmtree(pipeline.directory / "broken" / "final")
-    yield pipeline.config(sft, "broken", episodes=40, save_every=2, eval_split="", accept_changes=True)
-    shutil.rmtree(pipeline.directory / "broken")
+    """A copy of that run as if it had been killed in its last update, in a place of its own."""
+    copy = pipeline.directory / "broken"
+    shutil.copytree(whole.out_dir, copy, dirs_exist_ok=True)
+    shutil.rmtree(copy / "final")
+    shutil.rmtree(copy / "checkpoints" / "step_5")
+    options = dict(episodes=40, save_every=2, keep_checkpoints=3, eval_split="")
+    yield pipeline.config(sft, "broken", **options, accept_changes=True)
+    shutil.rmtree(copy)
 
 
 # ---------------------------------------------------------------------------- signals
@@ -89,7 +92,34 @@ def test_a_signal_saves_and_the_same_command_goes_on(pipeline, number):
     assert written(stopped) == written(alone)
 
 
-def test_a_second_signal_ends_at_once(pipeline):
+def test_one_signal_that_comes_twice_is_one(pipeline):
+    """A scheduler sends SIGTERM to every process, and torchrun passes its own on."""
+    cfg = pipeline.config(sft, "twice", episodes=80_000, eval_split="")
+    process = start("sft", cfg)
+    wait_for_rows(cfg, 2)
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.005)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped after update" in output, errors
+    assert checkpoints(cfg) == [f"step_{len(metrics(cfg))}"]
+
+
+def test_a_run_whose_output_nobody_reads_any_more_is_saved(pipeline):
+    """`| tee log`: Ctrl-C ends tee as well."""
+    cfg = pipeline.config(sft, "tee", episodes=80_000, eval_split="")
+    process = start("sft", cfg)
+    wait_for_rows(cfg, 2)
+    process.send_signal(signal.SIGSTOP)
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    process.wait(timeout=60)
+    assert checkpoints(cfg) == [f"step_{len(metrics(cfg))}"]
+
+
+def test_a_second_ctrl_c_ends_at_once(pipeline):
     """Inside an update that would take minutes."""
     cfg = pipeline.config(ppo, "impatient", reward_model="")
     score = "lambda *texts: print('scoring', flush=True) or time.sleep(600)"
@@ -142,7 +172,11 @@ def flip(path, place):
 
 
 def shard(directory):
-    return next(directory.glob("*.safetensors"))
+    return min(directory.glob("*.safetensors"))
+
+
+def tensors(directory):
+    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 DAMAGES = {
@@ -151,13 +185,16 @@ DAMAGES = {
     "a bit of the header": lambda d: flip(shard(d), 20),
     "no weights": lambda d: shard(d).unlink(),
     "empty weights": lambda d: shard(d).write_bytes(b""),
-    "one file too many": lambda d: shutil.copy(shard(d), d / "shard-00002-model-00001-of-00001.safetensors"),
+    "one file too many": lambda d: shutil.copy(shard(d), d / "shard-00002-model-00001-of-00002.safetensors"),
     "garbage state": lambda d: (d / "state.json").write_bytes(b"\xff{"),
     "another step": lambda d: (d / "state.json").write_text((d / "state.json").read_text().replace("4", "3", 1)),
     "no state": lambda d: (d / "state.json").unlink(),
     "no checksums": lambda d: (d / "checksums.json").unlink(),
     "checksums of something else": lambda d: (d / "checksums.json").write_text("[]"),
     "nothing": lambda d: [path.unlink() for path in d.iterdir()],
+    "a file that cannot be read": lambda d: (d / "notes").mkdir(),  # root may read all files, but no directory
+    "a file in its place": lambda d: (shutil.rmtree(d), d.write_text("")),
+    "a dead link": lambda d: (shutil.rmtree(d), d.symlink_to("nowhere")),
 }
 
 
@@ -169,9 +206,44 @@ def test_a_damaged_checkpoint_is_passed_over(whole, broken, damage, capsys):
     assert f"passed over {broken.out_dir}/checkpoints/step_4: " in output
     assert f"resumed from {broken.out_dir}/checkpoints/step_2" in output
     assert written(broken) == written(whole)
-    shutil.rmtree(Path(broken.out_dir) / "final")
+    assert checkpoints(broken) == ["bad_step_4", "step_2", "step_4", "step_5"]
+    for name in ("final", "checkpoints/step_5"):
+        shutil.rmtree(Path(broken.out_dir) / name)
     sft.main(broken)  # the damaged one has been replaced
     assert f"resumed from {broken.out_dir}/checkpoints/step_4" in capsys.readouterr().out
+
+
+def test_damaged_checkpoints_do_not_count_among_those_kept(broken):
+    """Two are kept, two are damaged, a third one comes between: it stays, and so does the one it began from."""
+    directory = Path(broken.out_dir) / "checkpoints"
+    shutil.copytree(directory / "step_4", directory / "step_5")
+    for step in (4, 5):
+        os.truncate(shard(directory / f"step_{step}"), 100)
+    broken.save_every, broken.keep_checkpoints = 3, 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "export", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sft.main(broken)
+    assert checkpoints(broken) == ["bad_step_4", "bad_step_5", "step_3", "step_5"]
+
+
+def test_a_log_that_was_emptied_is_not_filled_up(broken):
+    """Cutting it to the size that it had would make it longer, with NULs."""
+    os.truncate(Path(broken.out_dir) / "metrics.jsonl", 0)
+    sft.main(broken)
+    assert [row["step"] for row in metrics(broken)] == [4]
+
+
+def test_other_names_among_the_checkpoints_stay(whole, broken, capsys):
+    directory = Path(broken.out_dir) / "checkpoints"
+    for name in ("step_1.bak", "step_04", "step_4_good", "step_"):
+        (directory / name).mkdir()
+    (directory / "step_2").rename(Path(broken.out_dir) / "elsewhere")
+    (directory / "step_2").symlink_to("../elsewhere")  # it cannot be pruned, which must not end the run
+    broken.keep_checkpoints = 1
+    sft.main(broken)
+    assert f"resumed from {directory}/step_4" in capsys.readouterr().out and written(broken) == written(whole)
+    assert checkpoints(broken) == sorted(["step_1.bak", "step_04", "step_4_good", "step_", "step_2", "step_5"])
 
 
 def test_without_a_whole_checkpoint_nothing_is_lost(broken):
@@ -188,11 +260,13 @@ def test_a_half_written_checkpoint_is_no_checkpoint(whole, broken, capsys):
     """Of a job of more processes that was killed while it saved: its files must not get into the next one."""
     directory = Path(broken.out_dir) / "checkpoints"
     (directory / "step_4").rename(directory / "tmp_4")
-    shutil.copy(shard(directory / "tmp_4"), directory / "tmp_4" / "shard-00007-model-00001-of-00001.safetensors")
+    shutil.copy(shard(directory / "tmp_4"), directory / "tmp_4" / "shard-00007-model-00001-of-00002.safetensors")
+    (directory / "tmp_3").mkdir()  # of a run that a signal stopped and torchrun then killed
     sft.main(broken)
     assert f"resumed from {directory}/step_2" in capsys.readouterr().out
     assert written(broken) == written(whole)
-    assert checkpoints(broken) == ["step_2", "step_4"] and len(list((directory / "step_4").glob("*.safetensors"))) == 1
+    assert checkpoints(broken) == ["step_2", "step_4", "step_5"]
+    assert len(list((directory / "step_4").glob("*.safetensors"))) == len(list((directory / "step_5").glob("*.safet*")))
 
 
 def test_a_checkpoint_of_another_model_is_one_line(pipeline, broken):
@@ -206,10 +280,16 @@ def test_a_checkpoint_of_another_model_is_one_line(pipeline, broken):
 
 
 def test_checkpoints_hold_no_pickle(whole):
-    names = {path.name for path in (Path(whole.out_dir) / "checkpoints" / "step_4").iterdir()}
-    assert names == {"shard-00001-model-00001-of-00001.safetensors", "state.json", "checksums.json"}
-    tensors = load_file(shard(Path(whole.out_dir) / "checkpoints" / "step_4"))
-    assert {name.split(".")[0] for name in tensors} == {"model", "exp_avg", "exp_avg_sq", "step"}
+    directory = Path(whole.out_dir) / "checkpoints" / "step_4"
+    others = {path.name for path in directory.iterdir() if path.suffix != ".safetensors"}
+    assert others == {"state.json", "checksums.json"}
+    assert {name.split(".")[0] for name in tensors(directory)} == {"model", "exp_avg", "exp_avg_sq", "step"}
+
+
+def test_a_checkpoint_is_written_in_parts(whole):
+    """What is in one file is in CPU memory twice while it is written."""
+    sizes = [len(load_file(path)) for path in (Path(whole.out_dir) / "checkpoints" / "step_4").glob("*.safetensors")]
+    assert max(sizes) == 32 and len(sizes) == -(-sum(sizes) // 32) > 2
 
 
 def test_chosen_checkpoints_are_kept(pipeline):
@@ -251,6 +331,13 @@ def test_a_full_disk_leaves_the_previous_checkpoint(whole, broken):
     assert process.returncode == 1 and "Traceback" not in errors
     assert re.search(f"out_dir {broken.out_dir}: .*File too large.*run the same command again", errors)
     assert checkpoints(broken) in (["step_2"], ["step_2", "tmp_4"])
+
+
+def test_a_full_disk_leaves_the_configuration(whole, broken):
+    process = start("sft", broken, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300)))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in errors and "File too large" in errors
+    broken.accept_changes = False
     sft.main(broken)
     assert written(broken) == written(whole)
 
@@ -294,7 +381,7 @@ def test_the_rows_of_a_non_finite_loss_are_named(pipeline, monkeypatch):
     nan_at(monkeypatch, sft, lambda n: n == 4)
     with pytest.raises(UserError, match="step 1, rank 0: .*nan") as error:
         sft.main(cfg)
-    named = json.loads(str(error.value).split("rows ")[1].split("]")[0] + "]")
+    named = json.loads(str(error.value).split("not finite: ")[1].split("]")[0] + "]")
     run = runtime.Run(cfg)
     run.tokenizer = sft.runtime.Tokenizer.load(str(pipeline.data))
     rows = run.load(cfg.data, "train", n_responses=1)
@@ -311,7 +398,7 @@ def test_a_non_finite_update_can_be_skipped(pipeline, monkeypatch):
     rows = metrics(cfg)
     assert [row["skipped"] for row in rows] == [0, 1, 0]
     assert rows[1]["loss/sft"] is None and rows[1]["grad_norm"] is None and rows[2]["loss/sft"] < rows[0]["loss/sft"]
-    one, two, three = (load_file(shard(Path(cfg.out_dir) / "checkpoints" / f"step_{n}")) for n in (1, 2, 3))
+    one, two, three = (tensors(Path(cfg.out_dir) / "checkpoints" / f"step_{n}") for n in (1, 2, 3))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.equal(two["step.model.embed_out.weight"], three["step.model.embed_out.weight"])
 
@@ -349,6 +436,42 @@ def test_another_configuration_can_be_accepted(pipeline, broken):
     assert now["lr"] == 1e-4 and "accept_changes" not in now
     changed.accept_changes = False
     sft.main(changed)  # from now on it is the run's own
+
+
+def test_two_runs_do_not_share_a_directory(pipeline):
+    cfg = pipeline.config(sft, "busy", episodes=80_000, eval_split="")
+    first = start("sft", cfg)
+    wait_for_rows(cfg, 2)
+    second = start("sft", cfg)
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 1 and f"{cfg.out_dir}: another run is there; stop it" in errors
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=60)
+    assert [row["step"] for row in metrics(cfg)] == list(range(len(metrics(cfg))))
+
+
+def test_processes_that_survive_torchrun_keep_the_directory(pipeline):
+    cfg = pipeline.config(sft, "orphans", episodes=80_000, eval_split="")
+    process = start("sft", cfg, 2)
+    wait_for_rows(cfg, 2)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    _, errors = start("sft", cfg, 2).communicate(timeout=120)
+    alive = [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
+    for pid in alive:
+        os.kill(int(pid), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert len(alive) == 2 and f"{cfg.out_dir}: another run is there; stop it" in errors
+
+
+def test_a_fixed_kl_coefficient_can_be_changed(pipeline):
+    cfg = pipeline.config(ppo, "coefficient", episodes=16, eval_split="", save_every=1)
+    ppo.main(cfg)
+    for name in ("final", "checkpoints/step_2"):
+        shutil.rmtree(Path(cfg.out_dir) / name)
+    cfg.kl_coef, cfg.accept_changes = 0.5, True
+    ppo.main(cfg)
+    assert [row["objective/kl_coef"] for row in metrics(cfg)] == [0.05, 0.5]
 
 
 def test_torchrun_passes_a_signal_on(pipeline):

@@ -262,7 +262,7 @@ def test_score_function_replaces_the_reward_model(pipeline):
 
 
 def test_score_function_of_wrong_length_is_refused(pipeline):
-    with pytest.raises(UserError, match="gave 1 scores for 3 responses"):
+    with pytest.raises(UserError, match="gave 1 numbers for 3 responses"):
         ppo.main(pipeline.config(ppo, "ppo_short"), score=lambda queries, responses: [0.0])
 
 
@@ -376,7 +376,7 @@ def test_resume_is_bitwise(pipeline, name, killed_at, options, monkeypatch):
     for file in ("metrics.jsonl", "final/model.safetensors"):
         assert (Path(whole.out_dir) / file).read_bytes() == (Path(broken.out_dir) / file).read_bytes(), file
     kept = sorted(path.name for path in (Path(broken.out_dir) / "checkpoints").iterdir())
-    assert kept == ["step_2", "step_4"]
+    assert kept == ["step_4", "step_5"]
 
 
 def test_activation_checkpointing_computes_blocks_again(pipeline, monkeypatch):
@@ -439,7 +439,7 @@ def test_other_configuration_in_the_same_directory_is_refused(pipeline):
 def test_non_finite_gradient_stops_before_the_weights_change(pipeline, monkeypatch):
     cfg = pipeline.config(sft, "sft_nan", save_every=1)
     monkeypatch.setattr(sft, "token_logprobs", lambda logits, targets: F.relu(logits[..., 0]) * float("nan"))
-    with pytest.raises(UserError, match="step 0, rank 0: the gradient norm is nan, the loss .* rows .[0-9]+, .* is"):
+    with pytest.raises(UserError, match=r"step 0, rank 0: the gradient norm is nan; .* not finite: \[\d+, "):
         sft.main(cfg)
     assert not (Path(cfg.out_dir) / "checkpoints").exists()
 
