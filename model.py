@@ -157,8 +157,8 @@ class Block(nn.Module):
 
     def forward(self, h, cos, sin, cache=None):
         attended = self.attention(self.input_layernorm(h), cos, sin, cache)
-        read = h if self.parallel else h + attended  # in parallel, both branches read the same h
-        return h + attended + self.mlp(self.post_attention_layernorm(read))
+        # in parallel, both branches read the same h
+        return h + attended + self.mlp(self.post_attention_layernorm(h if self.parallel else h + attended))
 
 
 class Body(nn.Module):

@@ -392,11 +392,11 @@ def main(cfg, score=None):
             return last_scalars(reward_models, run.device, queries, responses)
         texts = ([run.tokenizer.decode(ids) for ids in rows] for rows in (queries, responses))
         scores = [float(x) for x in score(*texts)]
-        require(len(scores) == len(responses), f"score gave {len(scores)} numbers for {len(responses)} responses")
+        require(len(scores) == len(responses), f"score gave {len(scores)} for {len(responses)} texts; return one each")
         return torch.tensor(scores, device=run.device)
 
     head = cfg.critic or (sources[0] if sources else "")
-    critic = runtime.load_model(run, ScalarModel, head or cfg.model, True, random=None if head else "score")
+    critic = runtime.load_model(run, ScalarModel, head or cfg.model, trainable=True, new_head=not head)
     longest = cfg.max_length and cfg.max_length + cfg.response_length
     ptx = cfg.ptx_coef and run.load(cfg.ptx_data or cfg.data, cfg.train_split, n_responses=1, max_length=longest)
     kl_control = FixedKLController(cfg.kl_coef)

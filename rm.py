@@ -128,7 +128,7 @@ def eos_rewards(run, cfg, model, rows):
 def main(cfg):
     run = runtime.start(cfg, n_responses=2, ranked=True)
     references = cfg.normalize_data and run.load(cfg.normalize_data, cfg.train_split, n_responses=1)
-    model = runtime.load_model(run, ScalarModel, cfg.model, trainable=True, random="score")
+    model = runtime.load_model(run, ScalarModel, cfg.model, trainable=True, new_head=True)
     for step in run.train({"model": model}):
         if step == 0 and references and cfg.normalize_std:
             normalize(run, cfg, model, references)

@@ -104,7 +104,7 @@ def stage(main):
             if isinstance(cause, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason:
                 sizes = " or ".join(f"{name} ({n})" for name, n in vars(cfg).items() if "micro_batch_size" in name)
                 raise UserError(f"out of memory: {reason}; lower {sizes}, or see activation_checkpointing") from None
-            if cause is not error or (isinstance(cause, OSError) and cause.errno):
+            if (cause is not error and isinstance(cause, Exception)) or getattr(cause, "errno", None):
                 raise UserError(f"out_dir {cfg.out_dir}: {reason}; mend that and run the same command again") from None
             raise
         finally:
@@ -198,7 +198,7 @@ class Run:
     # ---- progress
 
     def train(self, models, state=None, lrs=None):
-        """Yield the updates still to do, under a progress bar; a checkpoint follows after each save_every.
+        """Yield the updates still to do, under a progress bar; with a checkpoint after each save_every and the last.
 
         SIGTERM or SIGINT (Ctrl-C) ends the run after the update, with a checkpoint; a second Ctrl-C ends it at once.
 
@@ -216,19 +216,19 @@ class Run:
             self.bar.update()
             stopping = self.sum([{"asked": torch.tensor(float(self.stopping), device=self.device)}])["asked"] > 0
             # the last update has one too: evaluation and export can fail
-            due = self.cfg.save_every and (self.step % self.cfg.save_every == 0 or self.step == self.total)
-            if stopping or due:
+            if stopping or (self.cfg.save_every and (self.step % self.cfg.save_every == 0 or self.step == self.total)):
                 save_checkpoint(self, state)
-            if stopping and self.step < self.total:
+            if stopping:
                 self.end(f"stopped after update {self.step}; the same command goes on from there")
+        self.stopping = signal.SIGTERM  # what follows is as good as asked to end: it does, and Ctrl-C ends it at once
 
     def stop(self, number, frame):
-        # schedulers send SIGTERM more than once: to torchrun, which passes it on, and to each process
-        if number == signal.SIGINT and (self.stopping or self.step == self.total):
-            raise KeyboardInterrupt("ended at once by Ctrl-C")
-        self.stopping = self.bar.disable = True
+        # schedulers send SIGTERM more than once, to torchrun and to each process; torchrun makes one of a second Ctrl-C
+        if self.stopping and signal.SIGINT in (number, self.stopping):
+            raise KeyboardInterrupt("ended at once by a second signal")
+        self.stopping, self.bar.disable = number, True
         with contextlib.suppress(OSError):  # the `tee` of `| tee log` ends by the same Ctrl-C: no more bar, no message
-            os.write(2, b"\nstopping after this update, with a checkpoint (Ctrl-C: at once, without)\n")
+            os.write(2, b"\nends as soon as all is saved (Ctrl-C: at once)\n")
 
     def end(self, text):
         self.print(text)
@@ -312,12 +312,12 @@ def write_jsonl(path, rows, mode="w"):
 # ---------------------------------------------------------------------------- models
 
 
-def load_model(run, cls, source, trainable=False, random=None):
+def load_model(run, cls, source, trainable=False, scratch=False, new_head=False):
     """Build a sharded model; each rank reads only its own rows of the weights.
 
     trainable: float32 masters; a frozen model is kept in the compute dtype.
-    random: draw the tensors whose names begin with this, and read the others: "score" puts a new head on the body
-            of a model of the other kind, with "" all are drawn.
+    scratch:   draw all weights; of `source` only config.json is read.
+    new_head:  draw the scalar head, and read the body, of either kind of model.
     """
     directory = find_model(source)
     gc.collect()  # FSDP's modules are in cycles: a model that is no longer used goes before the next one comes
@@ -329,10 +329,10 @@ def load_model(run, cls, source, trainable=False, random=None):
     shard(model, run, torch.float32 if trainable else run.dtype, offload)
     model.to_empty(device="cpu" if offload else run.device)
     model.gpt_neox.checkpointing = trainable and run.cfg.activation_checkpointing
-    if random is not None:
-        init_weights(model, run.cfg.seed, only=random)
-    if random != "":
-        load_weights(model, directory, new_head=random is not None)
+    if scratch or new_head:
+        init_weights(model, run.cfg.seed, only="score" if new_head else "")
+    if not scratch:
+        load_weights(model, directory, new_head)
     return model.requires_grad_(trainable)
 
 
@@ -474,33 +474,40 @@ def save_checkpoint(run, state):
 
 def list_checkpoints(run):
     """The steps of which there is a checkpoint, in order."""
-    names = {path.name for path in (run.out_dir / "checkpoints").glob("step_*")}
-    return [step for step in range(run.total + 1) if f"step_{step}" in names]
+    names = [path.name.removeprefix("step_") for path in (run.out_dir / "checkpoints").glob("step_*")]
+    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
 
 def checksums(run, directory):
     """SHA-256 of each file of a checkpoint, on every rank; {} if one cannot be read. The ranks share the reading."""
-    names, mine, parts = run.agree(sorted(path.name for path in directory.glob("*"))), {}, [None] * run.size
+    names = run.agree(sorted(path.name for path in directory.glob("*") if path.name != "checksums.json"))
+    mine, parts = {}, [None] * run.size
     with contextlib.suppress(OSError):
         for name in names[run.rank :: run.size]:
             mine[name] = hashlib.file_digest((directory / name).open("rb"), "sha256").hexdigest()
     dist.all_gather_object(parts, mine)
     digests = {name: digest for part in parts for name, digest in part.items()}
-    return {name: digests[name] for name in names if name != "checksums.json"} if len(digests) == len(names) else {}
+    return digests if len(digests) == len(names) else {}
 
 
 def resume(run, state):
     """Load the newest whole checkpoint in place, `state` too; returns its step, or 0 if none was ever written.
 
-    metrics.jsonl and samples.jsonl go back to that step, so that a resumed run writes what an unbroken one would.
-    Raises UserError if there are checkpoints, but none is whole, and if another run is at work in the directory.
+    Newer ones, which are damaged, become bad_step_N, and metrics.jsonl and samples.jsonl go back to that step, so that
+    a resumed run writes what an unbroken one would. Raises UserError if there are checkpoints, but none is whole, and
+    if another run is at work in the directory.
     """
+    if run.is_main:
+        # the lock ends with this process: one may have survived its torchrun. Not every file system has locks.
+        with contextlib.suppress(OSError), explain(f"{run.out_dir}: another run is there; stop it", BlockingIOError):
+            run.lock = (run.out_dir / "lock").open("w")
+            fcntl.lockf(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     found, directory = run.agree(list_checkpoints(run)), run.out_dir / "checkpoints"
     for step in reversed(found):
         path, written = directory / f"step_{step}", {}
         with contextlib.suppress(UserError):
             written = read_json(path / "checksums.json")
-        if checksums(run, path) == run.agree(written) != {}:
+        if checksums(run, path) == run.agree(written) != {}:  # both are {} where nothing can be read
             dcp.load(training_state(run), storage_reader=dcp.HuggingFaceStorageReader(path))
             state.update(read_json(path / "state.json"))
             run.print(f"resumed from {path}")
@@ -509,15 +516,10 @@ def resume(run, state):
     else:
         require(not found, f"{run.out_dir}/checkpoints: none can be read; remove them all to start anew")
     step, sizes = state.pop("step", 0), state.pop("sizes", {})
-    if run.is_main:
-        # a lock, which ends with the process: it may have survived its torchrun. Not every file system has locks.
-        with contextlib.suppress(OSError), explain(f"{run.out_dir}: another run is there; stop it", BlockingIOError):
-            run.lock = (run.out_dir / "lock").open("w")
-            fcntl.lockf(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for late in [late for late in found if late > step]:  # the logs will not reach them: hide them
-            move(directory / f"step_{late}", directory / f"bad_step_{late}")
-        for path in filter(Path.exists, map(run.out_dir.joinpath, LOGS)):
-            os.truncate(path, min(sizes.get(path.name, 0), path.stat().st_size))
+    for late in [late for late in found if run.is_main and late > step]:  # the logs will not reach them: hide them
+        move(directory / f"step_{late}", directory / f"bad_step_{late}")
+    for path in filter(Path.exists, map(run.out_dir.joinpath, LOGS if run.is_main else ())):
+        os.truncate(path, min(sizes.get(path.name, 0), path.stat().st_size))
     return step
 
 

@@ -76,7 +76,7 @@ def evaluate(run, cfg, model, rows):
 @runtime.stage
 def main(cfg):
     run = runtime.start(cfg, n_responses=1, tokenizer=cfg.tokenizer)
-    model = runtime.load_model(run, GPTNeoX, cfg.model, trainable=True, random="" if cfg.scratch else None)
+    model = runtime.load_model(run, GPTNeoX, cfg.model, trainable=True, scratch=cfg.scratch)
     for step in run.train({"model": model}):
         now = run.held_out and cfg.eval_every and step % cfg.eval_every == 0
         metrics = evaluate(run, cfg, model, run.held_out) if now else {}

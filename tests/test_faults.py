@@ -234,6 +234,28 @@ def test_a_log_that_was_emptied_is_not_filled_up(broken):
     assert [row["step"] for row in metrics(broken)] == [4]
 
 
+def test_a_shorter_run_keeps_what_it_has(broken, capsys):
+    """Four updates are done and checkpointed; the configuration now asks for three."""
+    broken.episodes = 24
+    sft.main(broken)
+    assert f"resumed from {broken.out_dir}/checkpoints/step_4" in capsys.readouterr().out
+    assert [row["step"] for row in metrics(broken)] == [0, 1, 2, 3] and (Path(broken.out_dir) / "final").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_after_the_last_update(pipeline, monkeypatch, number):
+    """SIGTERM lets the run end as it would have, Ctrl-C ends it at once."""
+    cfg = pipeline.config(sft, f"late_{number}")
+    evaluate = sft.evaluate
+    monkeypatch.setattr(sft, "evaluate", lambda *args: os.kill(os.getpid(), number) or evaluate(*args))
+    if number == signal.SIGTERM:
+        sft.main(cfg)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            sft.main(cfg)
+    assert (Path(cfg.out_dir) / "final").exists() == (number == signal.SIGTERM)
+
+
 def test_other_names_among_the_checkpoints_stay(whole, broken, capsys):
     directory = Path(broken.out_dir) / "checkpoints"
     for name in ("step_1.bak", "step_04", "step_4_good", "step_"):

@@ -262,7 +262,7 @@ def test_score_function_replaces_the_reward_model(pipeline):
 
 
 def test_score_function_of_wrong_length_is_refused(pipeline):
-    with pytest.raises(UserError, match="gave 1 numbers for 3 responses"):
+    with pytest.raises(UserError, match="gave 1 for 3 texts; return one each"):
         ppo.main(pipeline.config(ppo, "ppo_short"), score=lambda queries, responses: [0.0])
 
 
