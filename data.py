@@ -292,25 +292,3 @@ def last_scalars(models, device, queries, responses):
     """Values (B,), the mean over models, at the last token of query + response: EOS, if there is one (detail 12)."""
     ids, lengths = pad_right([query + response for query, response in zip(queries, responses)])
     return sum(model(ids.to(device), lengths[:, None].to(device) - 1)[:, 0] for model in models) / len(models)
-
-
-def accuracy_table(rows, margins):
-    """How often the better response has the higher score: overall and by batch, confidence, policies and margin.
-
-    rows: a data set of pairs. margins (n,): score of the chosen minus score of the rejected response.
-    Confidence is symmetric about 5, so |c - 5| is its strength (detail 6). Returns {group: {"accuracy", "expected",
-    "n"}}: expected is the accuracy that the margins promise, the mean of sigmoid(|margin|). Ties are left out.
-    """
-    import pandas  # datasets brings it, and is as slow to import
-
-    margins = np.asarray(margins.cpu(), dtype=np.float64)
-    strength = [str(abs(c - 5)) if c else "" for c in rows["confidence"]]
-    columns = {"": "all", "batch": rows["batch"], "|confidence - 5|": strength, "policies": rows["policies"]}
-    columns["margin >="] = np.floor(2 * np.abs(margins)) / 2
-    frame = pandas.DataFrame({**columns, "right": margins > 0, "sure": 1 / (1 + np.exp(-np.abs(margins)))})
-    frame, table = frame[np.asarray(rows["target"]) != 0.5], {}
-    for title in columns:
-        rows = frame[frame[title] != ""].groupby(title)
-        rows = rows.agg(accuracy=("right", "mean"), expected=("sure", "mean"), n=("right", "size")).to_dict("index")
-        table |= {f"{title} {group}".strip(): row for group, row in rows.items()}
-    return table

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 import runtime
 from configurator import Positive, Share, configure, require
-from data import accuracy_table, collate
+from data import collate
+from evals.tables import accuracy_table
 from model import GPTNeoX, token_logprobs
 
 

@@ -22,7 +22,8 @@ from torch import nn
 
 import runtime
 from configurator import Share, configure
-from data import accuracy_table, collate, last_scalars
+from data import last_scalars
+from evals.tables import accuracy_table, eos_rewards
 from model import ScalarModel
 
 
@@ -106,22 +107,6 @@ def normalize(run, cfg, model, rows):
         model.score.bias.div_(std)
         model.score.weight.div_(std)
     return {"normalize/mean": mean, "normalize/std": std}
-
-
-def eos_rewards(run, cfg, model, rows):
-    """Mean reward of the best responses at EOS and at their other tokens, which were never trained (detail 13)."""
-
-    def read(index):
-        micro = rows[index]
-        ids, select, _, mask = collate(micro["query"], [row[0] for row in micro["responses"]], run.device)
-        rewards, n = model(ids, (select + 1).clamp(max=ids.shape[1] - 1)) * mask, mask.sum(1)
-        at_eos = rewards.gather(1, n[:, None] - 1)[:, 0]
-        elsewhere, negative = rewards.sum(1) - at_eos, (rewards < 0).sum(1) - (at_eos < 0).int()
-        n = (n - 1).clamp(min=1)
-        return {"at_eos": at_eos, "elsewhere": elsewhere / n, "elsewhere_negative": negative / n}
-
-    means = run.map_rows(read, rows["length"], cfg.micro_batch_size)
-    return {f"reward/{name}": x.mean().item() for name, x in means.items()}
 
 
 @runtime.stage

@@ -1,16 +1,21 @@
-"""Sample from a model and say how it does.
+"""Sample from a model and say how it does; or let judges compare two files of samples.
 
     python sample.py --model=out/ppo_1b/final --prompt=$'SUBREDDIT: r/tifu\n\nTITLE: ...\n\nTL;DR:'
     python sample.py config/toy_sample.py --model=out/toy/ppo/final --out_dir=out/toy/ppo/samples
     torchrun --nproc_per_node=8 sample.py --model=out/ppo_1b/final --reward_model=out/rm_1b/final --out_dir=out/samples
     python sample.py --model=out/sft_1b/step_300,out/sft_1b/step_600 --reward_model=out/rm_1b/final --out_dir=out/best
+    python sample.py --judge=out/rm_1b/final --samples=out/samples/samples.jsonl           (more: evals/winrate.py)
 
 Over a split it prints one table per model; of the one with the best score it writes out_dir/samples.jsonl (query,
-response, reference, tokens, eos, score, reference_score, kl) and out_dir/summary.json, beside out_dir/config.json. The
-tokens drawn depend on `seed` alone.
+response, reference, tokens, reference_tokens, length_ratio, eos, score, reference_score, kl) and out_dir/summary.json
+(their means, and ROUGE), beside out_dir/config.json. The tokens drawn depend on `seed` alone.
+
+differs: the reference takes ROUGE per evaluation batch, from the middle of bootstrap resamples; here it is the mean
+over all rows, which is what those estimate.
 """
 
 import functools
+import math
 import sys
 from dataclasses import dataclass
 
@@ -19,6 +24,8 @@ import numpy as np
 import runtime
 from configurator import Count, configure, require
 from data import Tokenizer, collate, last_scalars, uniforms
+from evals.colour import coloured
+from evals.tables import rouge
 from model import GPTNeoX, ScalarModel, token_logprobs, write_json
 
 
@@ -33,7 +40,11 @@ class Config(runtime.RunConfig):
     response_length: Count = 53  # tokens sampled at most
     temperature: float = 0.7  # 0: greedy
     micro_batch_size: Count = 64  # rows per forward pass and process
-    out_dir: str = ""  # where samples.jsonl and summary.json go; empty: only print
+    best_of: Count = 1  # responses drawn for each query; the one with the best score is kept
+    compare: int = 0  # show so many responses, their tokens coloured by log p - log p of `reference`
+    judge: str = ""  # who compares `samples` (evals/winrate.py lists who can); a,b: each, and how often they agree
+    samples: str = ""  # a samples.jsonl, whose responses meet their references; a,b: those of a meet those of b
+    out_dir: str = ""  # where all files go; empty: only print
 
 
 def sample(run, cfg, model, queries, *key):
@@ -49,32 +60,38 @@ def sample(run, cfg, model, queries, *key):
 
 def measure(run, cfg, function, queries, responses):
     """Apply function(queries, responses) -> (rows,) to micro-batches of all rows; returns a list of n floats."""
-    lengths = [len(query) + len(response) for query, response in zip(queries, responses)]
 
     def apply(index):
         return {"x": function([queries[i] for i in index], [responses[i] for i in index])}
 
+    lengths = [len(query) + len(response) for query, response in zip(queries, responses)]
     return run.map_rows(apply, lengths, cfg.micro_batch_size)["x"].tolist()
 
 
-def log_ratio(model, reference, device, temperature, n_vocab, queries, responses):
-    """log p - log p_reference, summed over each response: (B,); its mean over samples estimates the KL, in nats.
+def log_ratios(model, reference, device, temperature, n_vocab, queries, responses):
+    """log p - log p_reference of each token: (B, R), 0 behind a response. A row's sum estimates the KL, in nats.
 
     Greedy responses (temperature 0) are no samples: theirs is the log-ratio at temperature 1.
     """
     ids, select, targets, mask = collate(queries, responses, device)
     ours, theirs = (token_logprobs(m(ids, select), targets, temperature or 1.0, n_vocab) for m in (model, reference))
-    return ((ours - theirs) * mask).sum(1)
+    return (ours - theirs) * mask
 
 
-def rouge(references, responses):
-    """Mean ROUGE F-measures by the rouge-score library."""
-    from rouge_score.rouge_scorer import RougeScorer  # here, since it takes a second
+def compare(run, cfg, model, reference, query, response):
+    """The response's text for a terminal: tokens that the model finds likelier than the reference does on green."""
+    ratios = log_ratios(model, reference, run.device, cfg.temperature, run.tokenizer.n_vocab, [query], [response])[0]
+    return coloured(run.tokenizer, response, ratios.tolist()) + f" {ratios.sum():+.2f} nats"
 
-    names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
-    scorer = RougeScorer(names)
-    scores = [scorer.score(reference, response) for reference, response in zip(references, responses)]
-    return {name: float(np.mean([score[name].fmeasure for score in scores])) for name in names}
+
+def best_of(n, scores, responses, eos_id):
+    """Of n rounds of responses to the same queries, the best to each by score; those without EOS have none (detail 13).
+
+    By arXiv:2009.01325 such a policy's KL to the one that is sampled from is at most log n - (n - 1) / n.
+    """
+    ends = [row[-1] == eos_id for row in responses]
+    best = np.where(ends, scores, -np.inf).reshape(n, -1).argmax(0)
+    return [responses[k * len(best) + i] for i, k in enumerate(best)]
 
 
 def evaluate(run, cfg, source):
@@ -82,22 +99,28 @@ def evaluate(run, cfg, source):
     model = runtime.load_model(run, GPTNeoX, source)
     tokenizer, rows = run.tokenizer, run.load(cfg.data, cfg.split, n_responses=1)[:]
     queries, references = rows["query"], [responses[0] for responses in rows["responses"]]
-    responses = sample(run, cfg, model, queries)
+    reward_models = [runtime.load_model(run, ScalarModel, name) for name in filter(None, cfg.reward_model.split(","))]
+    score, n = functools.partial(last_scalars, reward_models, run.device), cfg.best_of
+    responses = sample(run, cfg, model, queries * n)
+    if n > 1:
+        responses = best_of(n, measure(run, cfg, score, queries * n, responses), responses, tokenizer.eos_id)
     ids = {"query": queries, "response": responses, "reference": references}
     columns = {name: [tokenizer.decode(row) for row in column] for name, column in ids.items()}
-    columns |= dict(tokens=[len(row) for row in responses], eos=[row[-1] == tokenizer.eos_id for row in responses])
-    summary = rouge(columns["reference"], columns["response"])
-    summary["reference_tokens"] = float(np.mean([len(reference) for reference in references]))
-    if cfg.reward_model:
-        judges = [runtime.load_model(run, ScalarModel, source) for source in cfg.reward_model.split(",")]
-        for name, texts in (("score", responses), ("reference_score", references)):
-            columns[name] = measure(run, cfg, functools.partial(last_scalars, judges, run.device), queries, texts)
+    columns |= {"tokens": [len(row) for row in responses], "reference_tokens": [len(row) for row in references]}
+    columns["length_ratio"] = [tokens / of for tokens, of in zip(columns["tokens"], columns["reference_tokens"])]
+    columns["eos"] = [row[-1] == tokenizer.eos_id for row in responses]
+    if reward_models:
+        columns["score"] = measure(run, cfg, score, queries, responses)
+        columns["reference_score"] = measure(run, cfg, score, queries, references)
     if cfg.reference:
         anchor = runtime.load_model(run, GPTNeoX, cfg.reference)
-        ratio = functools.partial(log_ratio, model, anchor, run.device, cfg.temperature, tokenizer.n_vocab)
-        columns["kl"] = measure(run, cfg, ratio, queries, responses)
+        ratios = functools.partial(log_ratios, model, anchor, run.device, cfg.temperature, tokenizer.n_vocab)
+        columns["kl"] = measure(run, cfg, lambda *rows: ratios(*rows).sum(1), queries, responses)
+        for text, query, response in zip(columns["query"][: cfg.compare], queries, responses):
+            run.print("", text, compare(run, cfg, model, anchor, query, response))
     means = {name: float(np.mean(column)) for name, column in columns.items() if name not in ids}
-    summary = {"n": len(queries), **means, **summary}
+    bound = {"kl_bound": math.log(n) - (n - 1) / n} if n > 1 else {}
+    summary = {"n": len(queries), **means, **bound, **rouge(columns["reference"], columns["response"])}
     run.print(source, *(f"{name:18} {value:10.4f}" for name, value in summary.items()))
     return [dict(zip(columns, values)) for values in zip(*columns.values())], {"model": source, **summary}
 
@@ -106,17 +129,26 @@ def complete(run, cfg):
     """Print a response to cfg.prompt, or to each line of stdin."""
     require(run.size == 1, "a prompt is for one process; start it without torchrun")
     model = runtime.load_model(run, GPTNeoX, cfg.model)
+    anchor = cfg.compare and runtime.load_model(run, GPTNeoX, cfg.reference)
     texts = (line.rstrip("\n") for line in sys.stdin) if cfg.prompt == "-" else [cfg.prompt]
     for number, text in enumerate(filter(str.strip, texts)):
-        print(run.tokenizer.decode(sample(run, cfg, model, [run.tokenizer.encode(text)], number)[0]), flush=True)
+        query = run.tokenizer.encode(text)
+        response = sample(run, cfg, model, [query], number)[0]
+        run.print(compare(run, cfg, model, anchor, query, response) if anchor else run.tokenizer.decode(response))
 
 
 @runtime.stage
 def main(cfg):
     run, sources = runtime.Run(cfg), cfg.model.split(",")
-    require(len(sources) == 1 or (cfg.reward_model and not cfg.prompt), "several models need a reward_model and data")
     if cfg.out_dir and not cfg.prompt:
         runtime.open_directory(run)
+    if cfg.judge:
+        from evals.winrate import judge_all  # here, since nothing else needs it
+
+        return judge_all(run, measure)
+    alone = len(sources) == cfg.best_of == 1
+    require(alone or (cfg.reward_model and not cfg.prompt), "several models, or best_of, need a reward_model and data")
+    require(cfg.reference or not cfg.compare, "compare needs a model to compare with; give its directory as reference")
     run.tokenizer = Tokenizer.load(sources[0])
     if cfg.prompt:
         return complete(run, cfg)

@@ -616,8 +616,8 @@ def test_detail_05_4_padding_ids_are_never_sampled(pipeline, policy, reward, pos
 def test_detail_06_confidence(pipeline, policy, pairs, margins, reward):
     """Detail 6 (its title is uncertain): confidence is 1 to 9, symmetric about 5; `choice` decides which side won.
 
-    fails if: data.py:accuracy_table groups by the confidence itself; data.py:parse_row lets a confidence above 5 swap
-    the responses, or reads confidence from the row and not from `extra`.
+    fails if: evals/tables.py:accuracy_table groups by the confidence itself; data.py:parse_row lets a confidence above
+    5 swap the responses, or reads confidence from the row and not from `extra`.
     """
     strengths = np.array([abs(row["extra"]["confidence"] - 5) for row in pairs.raw])
     expected = {s: (np.mean(margins[strengths == s] > 0), np.sum(strengths == s)) for s in sorted(set(strengths))}
@@ -853,8 +853,8 @@ def test_detail_12_2_ppo_scores_at_the_first_eos(run_ppo):
 def test_detail_13_rewards_off_eos_mean_nothing(reward, pairs, toy):
     """Detail 13: only EOS was trained; elsewhere rewards are mostly negative there. Both are reported, to be seen.
 
-    fails if: rm.py:eos_rewards reads a token earlier (select without + 1), or counts EOS among the others, in their
-    mean or in their share of negative ones.
+    fails if: evals/tables.py:eos_rewards reads a token earlier (select without + 1), or counts EOS among the others, in
+    their mean or in their share of negative ones.
     """
     report, at_eos, elsewhere, negative = read_report(reward), [], [], []
     for row in load_rows(pairs.path, "validation", toy, 2):
@@ -911,8 +911,8 @@ def test_detail_15_rewards_are_normalised_by_the_references(pipeline, reward, po
 def test_detail_16_accuracy_by_batch_and_policies(reward, pairs, margins):
     """Detail 16 (its title is uncertain): validation accuracy overall, by batch, and by pair of policies.
 
-    fails if: rm.py:main evaluates the training rows; data.py:accuracy_table counts chosen < rejected, or sorts a
-    column; data.py:parse_row names policies in the order of the summaries.
+    fails if: rm.py:main evaluates the training rows; evals/tables.py:accuracy_table counts chosen < rejected, or sorts
+    a column; data.py:parse_row names policies in the order of the summaries.
     """
     groups = {"all": ["all"] * len(margins), "batch": [f"batch {row['batch']}" for row in pairs.raw]}
     groups["policies"] = ["policies " + " / ".join(sorted(s["policy"] for s in row["summaries"])) for row in pairs.raw]
@@ -929,7 +929,8 @@ def test_detail_16_accuracy_by_batch_and_policies(reward, pairs, margins):
 def test_detail_17_calibration(reward, margins):
     """Detail 17 (its title is uncertain): accuracy by size of the margin, beside the sigmoid that it should follow.
 
-    fails if: data.py:accuracy_table has bins of width 1, takes the sigmoid of the signed margin, or of the mean margin.
+    fails if: evals/tables.py:accuracy_table has bins of width 1, takes the sigmoid of the signed margin, or of the mean
+    margin.
     """
     table = {key: row for key, row in read_report(reward)["accuracy"].items() if key.startswith("margin")}
     sizes, promised = np.abs(margins), 1 / (1 + np.exp(-np.abs(margins)))

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 import sft
 from configurator import UserError
-from data import Tokenizer, accuracy_table, batch_rows, load_rows
+from data import Tokenizer, batch_rows, load_rows
 from dpo import dpo_loss
+from evals.tables import accuracy_table
 from ppo import normalize_scores
 from rm import preference_loss, ranking_loss
 

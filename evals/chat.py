@@ -1,0 +1,120 @@
+"""A language model behind an OpenAI-compatible endpoint compares two summaries.
+
+Each pair is shown in random order (by seed), since judges favour a place. A reply without one clear verdict counts as
+none; it is never guessed. Requests that fail are sent again, later and later, by the openai library; what still has no
+reply then is left for the next run of the same command. Every reply is kept at once, in an SQLite file.
+"""
+
+import hashlib
+import json
+import os
+import re
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from configurator import UserError, explain, require
+
+OPTIONS = {"temperature": 0}  # some models refuse it: take it out for them
+PROMPT = """\
+Below are a post from a forum and two summaries of it. Which of the two serves better someone who will not
+read the post?
+
+Judge by
+- accuracy: it says nothing that the post does not say;
+- coverage: it has what matters most in the post, and leaves out what does not;
+- coherence: it can be understood on its own.
+Being longer does not make a summary better.
+
+### Post
+{query}
+
+### Summary A
+{a}
+
+### Summary B
+{b}
+
+First compare the two in one or two sentences. Then write a last line that is exactly one of
+Verdict: A
+Verdict: B
+Verdict: tie"""
+
+
+def prompt_for(pair, swapped):
+    a, b = pair["response"].strip(), pair["other"].strip()
+    return PROMPT.format(query=pair["query"], a=b if swapped else a, b=a if swapped else b)
+
+
+def parse_verdict(reply, swapped):
+    """1.0 if the reply prefers the pair's response, 0.0 the other, 0.5 neither; None if it is not one clear verdict."""
+    found = re.findall(r"verdict\W+(?:summary\W+)?(a|b|tie)\W*$", reply or "", re.IGNORECASE | re.MULTILINE)
+    found = {word.lower() for word in found}
+    if len(found) != 1:
+        return None
+    return {"tie": 0.5, "a": 1.0 - swapped, "b": 0.0 + swapped}[found.pop()]
+
+
+def ask_all(judge, pairs, seed, cache, workers=8, timeout=60.0, retries=6):
+    """Verdicts and replies on all pairs by `judge`, "URL#model": two lists; a reply that could not be had is None.
+
+    cache: an SQLite file of replies by model and prompt; what it has is not asked again. timeout: seconds.
+    Raises UserError if the endpoint refuses the request (key, model), or if as many requests as there are workers fail
+    one after the other; the replies so far are kept.
+    """
+    url, _, model = judge.partition("#")
+    require(model, f"judge {judge}: names no model; write URL#model")
+    swapped = (np.random.default_rng(seed).random(len(pairs)) < 0.5).tolist()
+    prompts = [prompt_for(*pair) for pair in zip(pairs, swapped)]
+    keys = [hashlib.sha256(json.dumps([model, OPTIONS, prompt]).encode()).hexdigest() for prompt in prompts]
+    with explain(f"{cache}: is no cache of replies; move it away", sqlite3.Error):
+        replies = sqlite3.connect(cache, isolation_level=None)  # each reply is on the disk when it has come
+        replies.execute("create table if not exists replies (key text primary key, reply text)")
+        known = dict(replies.execute("select key, reply from replies"))
+    missing = {key: prompt for key, prompt in zip(keys, prompts) if key not in known}
+    failed_in_a_row, pool = 0, ThreadPoolExecutor(workers)
+    try:
+        asker = Asker(judge, url, model, timeout, retries)
+        for key, reply in zip(missing, pool.map(asker, missing.values())):
+            failed_in_a_row = 0 if reply is not None else failed_in_a_row + 1
+            gone = f"judge {judge}: {workers} requests in a row had no reply ({asker.trouble}); {len(known)} replies"
+            require(failed_in_a_row < workers, f"{gone} are kept: mend that, and run the same command again")
+            if reply is not None:
+                known[key] = reply
+                replies.execute("insert into replies values (?, ?)", (key, reply))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        replies.close()
+    found = [known.get(key) for key in keys]
+    return [parse_verdict(*pair) for pair in zip(found, swapped)], found
+
+
+class Asker:
+    """A call sends one prompt and returns the reply's text, or None if there is none to be had."""
+
+    def __init__(self, judge, url, model, timeout, retries):
+        with explain("a judge's endpoint needs the openai library; pip install openai", ImportError):
+            import openai
+        self.judge, self.model, self.openai, self.trouble = judge, model, openai, ""
+        key = os.environ.get("OPENAI_API_KEY", "none")  # a server of one's own may need none
+        with explain(f"judge {judge}: no such URL", Exception):
+            self.client = openai.OpenAI(base_url=url, api_key=key, max_retries=retries, timeout=timeout)
+
+    def __call__(self, prompt):
+        messages = [{"role": "user", "content": prompt}]
+        for _ in range(2):  # the library sends again what fails; this does so for an answer that is none
+            try:
+                answer = self.client.chat.completions.create(model=self.model, messages=messages, **OPTIONS)
+                return answer.choices[0].message.content or ""
+            except self.openai.APIStatusError as error:
+                if error.status_code in (401, 403, 404):
+                    raise UserError(f"judge {self.judge}: {error}; mend OPENAI_API_KEY, URL or model") from None
+                self.trouble = str(error)
+                return None
+            except self.openai.APIConnectionError as error:  # time-outs too
+                self.trouble = str(error)
+                return None
+            except (self.openai.APIError, ValueError, LookupError, TypeError, AttributeError) as error:
+                self.trouble = f"not a chat completion: {error}"
+        return None
