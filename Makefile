@@ -1,5 +1,6 @@
 # make demo    set up, then run the whole pipeline on the embedded toy data, on a CPU
 # make test    set up, then run the tests
+# make lab     set up, then run the laboratory's first experiment (LAB="" runs all of them)
 # make lint    the linter
 
 PYTHON ?= python3
@@ -12,8 +13,9 @@ OUT    ?= out/toy$(if $(filter-out 1,$(SEED)),-$(SEED))
 export OMP_WAIT_POLICY = passive
 export TOKENIZERS_PARALLELISM = false
 demo: export TOY_OUT = $(OUT)
+LAB    ?= overoptimisation
 
-.PHONY: demo test lint
+.PHONY: demo test lab lint
 demo: $(VENV)/ready
 	$(PY) toy/make_data.py $(OUT)/data --seed=$(SEED)
 	$(PY) sft.py config/toy_sft.py --seed=$(SEED)
@@ -28,6 +30,9 @@ demo: $(VENV)/ready
 test: $(VENV)/ready-dev
 	$(PY) -m pytest
 
+lab: $(VENV)/ready-extra
+	$(PY) lab/lab.py $(LAB)
+
 lint: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check .
 
@@ -39,6 +44,10 @@ $(VENV)/ready: requirements.txt
 	$(PY) -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
+$(VENV)/ready-extra: $(VENV)/ready requirements-extra.txt
+	$(PY) -m pip install --quiet -r requirements-extra.txt
+	touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready requirements-extra.txt requirements-dev.txt
 	$(PY) -m pip install --quiet -r requirements-dev.txt
 	touch $@

@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,8 @@ import sample
 import sft
 from configurator import UserError
 from data import Tokenizer, batch_rows, last_scalars, load_rows
+from evals.colour import coloured
+from evals.tables import rouge
 from model import Block
 
 STAGES = ["sft", "rm", "ppo", "dpo"]
@@ -293,18 +296,98 @@ def test_samples_file_shows_texts(ppo_run):
 # ---------------------------------------------------------------------------- sample.py
 
 
-def test_sample_reports_what_its_rows_say(pipeline, ppo_run):
-    cfg = pipeline.config(sample, "samples", model=f"{ppo_run.out_dir}/final")
+def samples_of(cfg):
     sample.main(cfg)
     rows = [json.loads(line) for line in (Path(cfg.out_dir) / "samples.jsonl").read_text().splitlines()]
-    summary = json.loads((Path(cfg.out_dir) / "summary.json").read_text())
+    return rows, json.loads((Path(cfg.out_dir) / "summary.json").read_text())
+
+
+def test_sample_reports_what_its_rows_say(pipeline, ppo_run):
+    rows, summary = samples_of(pipeline.config(sample, "samples", model=f"{ppo_run.out_dir}/final"))
     assert len(rows) == summary["n"] == 21
-    for name in ("tokens", "eos", "score", "reference_score", "kl"):
+    for name in ("tokens", "reference_tokens", "eos", "score", "reference_score", "kl"):
         assert summary[name] == pytest.approx(np.mean([row[name] for row in rows]))
+    tokenizer = Tokenizer.load(str(pipeline.sft))
+    for row in rows:
+        assert row["tokens"] == len(tokenizer.encode(row["response"])) + row["eos"]
+        assert row["reference_tokens"] == len(tokenizer.encode(row["reference"])) + 1
+    lengths = np.array([(row["tokens"], row["reference_tokens"]) for row in rows])
+    assert summary["length_ratio"] == pytest.approx(np.mean(lengths[:, 0] / lengths[:, 1]))
     from rouge_score.rouge_scorer import RougeScorer
 
-    scores = [RougeScorer(["rouge2"]).score(row["reference"], row["response"])["rouge2"].fmeasure for row in rows]
-    assert summary["rouge2"] == pytest.approx(np.mean(scores))
+    for name in ("rouge1", "rouge2", "rougeL", "rougeLsum"):
+        scores = [RougeScorer([name]).score(row["reference"], row["response"])[name].fmeasure for row in rows]
+        assert summary[name] == pytest.approx(np.mean(scores))
+
+
+def test_rouge_matches_the_reference_aggregate_on_real_summaries(tldr_sample):
+    """The paper's code takes the middle of a bootstrap per batch: it must lie around our mean (detail 9)."""
+    from rouge_score import rouge_scorer, scoring
+
+    rows = [json.loads(line) for line in open(tldr_sample / "comparisons_validation.jsonl")]
+    texts = [{side["policy"]: side["text"] for side in row["summaries"]} for row in rows]
+    references, responses = ([row[policy] for row in texts] for policy in ("ref", "openai_1.3b_ppo"))
+    names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    aggregator, scorer = scoring.BootstrapAggregator(n_samples=1000), rouge_scorer.RougeScorer(names)
+    for reference, response in zip(references, responses):
+        aggregator.add_scores(scorer.score(reference, response))
+    ours = rouge(references, responses)
+    for name, bounds in aggregator.aggregate().items():
+        # the median of 1,000 resampled means has a standard error of 1.25 / sqrt(1000) of their spread, a quarter of
+        # the interval's width: 1 % of the width; ten times that never fails by chance
+        width = bounds.high.fmeasure - bounds.low.fmeasure
+        assert ours[name] > 0.05 and abs(ours[name] - bounds.mid.fmeasure) < 0.1 * width
+
+
+def test_sampled_kl_matches_hub_models(pipeline, ppo_run):
+    """KL of a row: both models' log-probabilities by transformers, at the sampling temperature, known ids only."""
+    rows, _ = samples_of(pipeline.config(sample, "samples_kl", model=f"{ppo_run.out_dir}/final"))
+    tokenizer, totals = Tokenizer.load(str(pipeline.sft)), []
+    models = [GPTNeoXForCausalLM.from_pretrained(path) for path in (f"{ppo_run.out_dir}/final", pipeline.sft)]
+    for row in rows[:6]:
+        query, response = tokenizer.encode(row["query"]), tokenizer.encode(row["response"]) + [0] * row["eos"]
+        places = range(len(query) - 1, len(query) + len(response) - 1)
+        with torch.no_grad():
+            logits = [hub(torch.tensor([query + response])).logits[0, places, : tokenizer.n_vocab] for hub in models]
+        logprobs = [(x / 0.7).log_softmax(-1)[range(len(response)), response].sum().item() for x in logits]
+        totals.append(logprobs[0] - logprobs[1])
+    # sums of some 10 log-probabilities of size 10 in float32, each from a forward pass: 1e-6 of 100
+    np.testing.assert_allclose([row["kl"] for row in rows[:6]], totals, atol=1e-4)
+    assert np.abs(totals).max() > 0.01
+
+
+def test_best_of_n_keeps_the_best_response_that_ends(pipeline):
+    draws = [[5, 0], [6], [7, 0], [8, 0], [9, 0], [3]]  # two rounds of three queries
+    scores = [1.0, 9.0, 4.0, 2.0, 3.0, 5.0]  # 9 and 5 are scores of responses without EOS
+    assert sample.best_of(2, scores, draws, 0) == [[8, 0], [9, 0], [7, 0]]
+
+    one, _ = samples_of(pipeline.config(sample, "best_of_1", temperature=1.0))
+    four, summary = samples_of(pipeline.config(sample, "best_of_4", temperature=1.0, best_of=4))
+    better = [b["score"] - a["score"] for a, b in zip(one, four) if a["eos"]]
+    assert len(better) > 3 and min(better) >= 0 and max(better) > 0  # the first of the four is the same draw
+    assert summary["kl_bound"] == pytest.approx(0.636294, abs=1e-6)  # log 4 - 3/4
+    with pytest.raises(UserError, match="reward_model"):
+        sample.main(pipeline.config(sample, "best_of_none", best_of=2, reward_model=""))
+
+
+def test_compare_colours_tokens_by_their_log_ratio(pipeline, ppo_run, capsys):
+    cfg = pipeline.config(sample, "compared", model=f"{ppo_run.out_dir}/final", compare=2)
+    rows, _ = samples_of(cfg)
+    lines = [line for line in capsys.readouterr().out.split("\n") if "\x1b[" in line]
+    for row, line in zip(rows, lines):
+        text, kl = re.sub(r"\x1b\[[0-9;]*m", "", line).rsplit(" ", 2)[:2]
+        assert text == row["response"] + "<EOS>" * row["eos"] and float(kl) == pytest.approx(row["kl"], abs=0.005)
+    assert len(lines) == 2
+    with pytest.raises(UserError, match="reference"):
+        sample.main(pipeline.config(sample, "compared_none", reference="", compare=2))
+
+
+def test_colours_are_green_above_zero_and_red_below(pipeline):
+    tokenizer = Tokenizer.load(str(pipeline.sft))
+    ids = tokenizer.encode(" a b c") + [0]
+    up, down, same, far = coloured(tokenizer, ids, [1.5, -3.0, 0.0, 99.0]).split("\x1b[0m")[:-1]
+    assert up.startswith("\x1b[30;48;2;127;255;127m") and down.startswith("\x1b[30;48;2;255;0;0m")
+    assert same.startswith("\x1b[30;48;2;255;255;255m") and far == "\x1b[30;48;2;0;255;0m<EOS>"
 
 
 def test_sample_draws_anew_for_each_line_of_stdin(pipeline, capsys, monkeypatch):
