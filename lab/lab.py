@@ -97,9 +97,11 @@ def train(stage, name, seed, *argv, patch=None):
     if not (directory / "final").exists():
         argv = [f"config/toy_{stage.__name__}.py", f"--seed={seed}", f"--out_dir={directory}", "--device=cpu", *argv]
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{directory}.log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            with patch or contextlib.nullcontext():
-                stage.main(configure(stage.Config, argv))
+        with contextlib.ExitStack() as stack:
+            log = stack.enter_context(open(f"{directory}.log", "w"))
+            for context in (contextlib.redirect_stdout(log), contextlib.redirect_stderr(log), patch):
+                stack.enter_context(context or contextlib.nullcontext())
+            stage.main(configure(stage.Config, argv))
     return directory / "final"
 
 
@@ -126,7 +128,7 @@ def reward_model(seed, pairs=PAIRS):
 
 
 def policy(seed, name, argv, start="sft", patch=None):
-    """A PPO run; returns its curves, a list per quantity with a number per update, gold among them."""
+    """A PPO run; returns its curves, lists with a number per update, gold among them; and a response of some updates."""
     models = [f"--model={place(start, seed)}/final", f"--reward_model={reward_model(seed)}", *data(seed, "sft")]
     batch = ["--n_minibatches=4", "--n_epochs=1", "--micro_batch_size=16", "--samples_every=1"]
     every = mock.patch.object(ppo, "write_samples", functools.partial(ppo.write_samples, n=64))  # the whole batch
@@ -139,7 +141,9 @@ def policy(seed, name, argv, start="sft", patch=None):
                    gap="val/generation_gap")  # fmt: skip
     curves = {name: [row[key] for row in metrics] for name, key in columns.items()}
     scores = gold.score([row["query"] for row in samples], [row["response"] for row in samples])
-    return curves | {"gold": np.reshape(scores, (len(metrics), -1)).mean(1).tolist()}
+    curves["gold"] = np.reshape(scores, (len(metrics), -1)).mean(1).tolist()
+    shown = [(row["step"], row["response"], row["score"], score) for row, score in zip(samples, scores)][:: 64 * 10]
+    return curves | {"texts": [*shown, (samples[-1]["step"], samples[-1]["response"], samples[-1]["score"], scores[-1])]}
 
 
 def read_jsonl(path):

@@ -1,0 +1,167 @@
+"""The laboratory's arithmetic against brute force, its mistakes on a tiny pipeline, its figures and tables."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from pipeline import metrics
+
+import ppo
+import sft
+from data import load_rows
+
+pytest.importorskip("matplotlib")
+from lab import lab, report  # noqa: E402
+
+
+def test_best_of_mean_matches_all_subsets():
+    rng = np.random.default_rng(0)
+    ranks, scores = rng.integers(0, 4, (6, 5)).astype(float), rng.normal(size=(6, 5))  # with ties
+    for n in range(1, 7):
+        means = []
+        for chosen in itertools.combinations(range(6), n):
+            for post in range(5):
+                best = max(chosen, key=lambda i, post=post: (ranks[i, post], -i))
+                means.append(scores[best, post])
+        assert lab.best_of_mean(ranks, scores, n) == pytest.approx(np.mean(means))
+
+
+def test_smooth_averages_neighbours():
+    np.testing.assert_allclose(report.smooth([0, 3, 6, 9, 30], 3), [1.5, 3, 6, 15, 19.5])
+
+
+def test_fits_find_what_made_the_points():
+    x = np.linspace(0.2, 4, 30)
+    np.testing.assert_allclose(report.fit(x, 2 - 3 * x), (2, -3, 1))
+    np.testing.assert_allclose(report.scaling(x, x * (1.5 - 0.25 * x), lambda d: d), (1.5, 0.25, 1))
+    np.testing.assert_allclose(report.scaling(x, x * (1.5 - 0.7 * np.log(x)), np.log), (1.5, 0.7, 1))
+    noise = np.random.default_rng(0).normal(size=30)
+    assert report.fit(x, noise)[2] == pytest.approx(np.corrcoef(x, noise)[0, 1] ** 2)
+
+
+# ---------------------------------------------------------------------------- mistakes
+
+
+def test_eos_as_padding_leaves_only_eos_out_of_the_loss(pipeline):
+    cfg = pipeline.config(sft, "unused")
+    tokenizer = lab.Tokenizer.load(str(pipeline.data))
+    rows = load_rows(cfg.data, "validation", tokenizer, n_responses=1)[:4]
+    whole = sft.model_inputs(rows, "response", "cpu")
+    with lab.eos_is_padding():
+        without = sft.model_inputs(rows, "response", "cpu")
+    lost = whole[3] & ~without[3]
+    assert lost.sum(1).tolist() == [1] * 4 and (whole[2][lost] == 0).all()
+    for left, right in zip(whole[:3], without[:3]):
+        assert torch.equal(left, right)
+
+
+def test_dropout_breaks_the_first_ratio_and_the_first_kl(pipeline):
+    runs = {}
+    for name, patch in (("right", None), ("dropout", lab.dropout(0.2))):
+        cfg = pipeline.config(ppo, f"lab_{name}", kl_coef=0.1)
+        if patch:
+            with patch:
+                ppo.main(cfg)
+        else:
+            ppo.main(cfg)
+        runs[name] = metrics(cfg)[0]
+    assert runs["right"]["objective/kl"] == 0 and abs(runs["right"]["val/ratio"] - 1) < 1e-5
+    assert abs(runs["dropout"]["objective/kl"]) > 1e-3 and abs(runs["dropout"]["val/ratio"] - 1) > 1e-4
+
+
+def test_generation_logprobs_are_those_of_the_samples(pipeline, monkeypatch):
+    taken, prepare = [], ppo.prepare
+    monkeypatch.setattr(ppo, "prepare", lambda cfg, batch, *rest: taken.append(batch) or prepare(cfg, batch, *rest))
+    with lab.generation_logprobs():
+        ppo.main(pipeline.config(ppo, "lab_generation"))
+    assert taken and all(batch["logprobs"] is batch["sampled_logprobs"] for batch in taken)
+
+
+# ---------------------------------------------------------------------------- figures and tables
+
+
+def curves(**changes):
+    ramp = np.linspace(0, 1, 60)
+    made = dict(kl=9 * ramp, proxy=3 * ramp, gold=2 + ramp - 2 * ramp**2, tokens=5 + ramp, eos=1 - 0 * ramp,
+                ratio=1 + 0 * ramp, value_loss=1 - ramp, perplexity=2 - ramp)  # fmt: skip
+    return {name: np.asarray(x).tolist() for name, x in (made | changes).items()}
+
+
+@pytest.fixture
+def results(tmp_path):
+    """What lab.py would have written, made up."""
+    rows = []
+    for seed in (1, 2, 3):
+        common = dict(seed=seed)
+        rows += [dict(experiment="overoptimisation", arm=f"beta {b}", **common, **curves()) for b in report.COLOURS]
+        rows.append(dict(experiment="whitening", arm="whitened", **common, **curves(tokens=np.full(60, 4.0))))
+        rows += [dict(experiment="mistakes", arm=arm, **common, **curves(kl=np.full(60, 0.5)))
+                 for arm in ("EOS is padding", "dropout", "new critic")]  # fmt: skip
+        rows.append(dict(experiment="best_of_n", arm="best of n", **common, n=[1, 2], kl=[0, 0.19], proxy=[0, 1.0],
+                         gold=[2.0, 2.5]))  # fmt: skip
+        rows += [dict(experiment="data", arm=f"{kind} {n}", **common, pairs=n, accuracy=0.6 + seed / 100)
+                 for kind in ("rm", "dpo") for n in (100, 200)]  # fmt: skip
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_report_writes_figures_and_replaces_its_tables_alone(results, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- data -->\nstale\n<!-- end -->\nafter\n<!-- other -->\nkept\n<!-- end -->\n")
+    report.write(results, tmp_path)
+    once = readme.read_text()
+    assert once.startswith("before\n<!-- data -->\n") and "stale" not in once
+    assert "\nafter\n<!-- other -->\nkept\n<!-- end -->\n" in once
+    assert "| 100 | 0.620 (0.610, 0.620, 0.630) | 0.620 (0.610, 0.620, 0.630) |" in once
+    for name in report.ALL:
+        assert once.count(f"<!-- {name} -->") == 1
+        assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    report.write(results, tmp_path)
+    assert readme.read_text() == once
+
+
+def test_report_draws_what_the_results_allow(results, tmp_path):
+    rows = [row for row in report.read(results) if row["experiment"] == "overoptimisation"]
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.write(results, tmp_path / "some")
+    drawn = sorted(path.stem for path in (tmp_path / "some" / "figures").iterdir())
+    assert drawn == ["overoptimisation", "signature", "sqrt_kl"]
+
+
+def test_overoptimisation_table_is_read_off_the_curves(results):
+    head, first, *_ = report.overoptimisation_table(report.read(results))
+    row = dict(zip(("beta", "seed", "kl", "proxy", "proxy end", "gold", "best", "at", "gold end"), first))
+    assert len(head) == len(first) and row["beta"] == "0.0" and row["seed"] == 1
+    # gold is 2 + x - 2 x^2 with its top 2.125 at x = 1/4, where KL is 9/4; at the end (the last 5 of 60) x is 57/59
+    assert row["best"] == pytest.approx(2.125, abs=0.01) and row["at"] == pytest.approx(2.25, abs=0.1)
+    assert row["gold end"] == pytest.approx(2 + 57 / 59 - 2 * (57 / 59) ** 2, abs=0.01)
+    assert row["kl"] == pytest.approx(9 * 57 / 59) and row["proxy end"] == pytest.approx(3 * 57 / 59)
+
+
+# ---------------------------------------------------------------------------- what is published
+
+
+def test_published_tables_are_those_of_the_published_results():
+    rows, text = report.read(), (report.ROOT / "lab" / "README.md").read_text(encoding="utf-8")
+    for _, table, _ in report.ALL.values():
+        if table:
+            assert report.markdown(table(rows)) in text
+
+
+def test_published_runs_overoptimise_without_a_penalty_in_every_seed():
+    runs = report.select(report.read(), "overoptimisation", "beta 0.0")
+    assert [row["seed"] for row in runs] == [1, 2, 3]
+    for row in runs:
+        gold, proxy = report.smooth(row["gold"]), report.smooth(row["proxy"])
+        top = int(gold.argmax())
+        assert report.end(row["gold"]) < gold[top] - 0.5 and report.end(row["proxy"]) > proxy[top] + 0.2
+
+
+def test_lab_names_what_it_does_not_know(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["lab.py", "overoptimization"])
+    with pytest.raises(SystemExit) as stopped:
+        lab.main()
+    assert stopped.value.code == 2 and "overoptimisation" in capsys.readouterr().err
