@@ -128,7 +128,7 @@ def reward_model(seed, pairs=PAIRS):
 
 
 def policy(seed, name, argv, start="sft", patch=None):
-    """A PPO run; returns its curves, lists with a number per update, gold among them; and a response of some updates."""
+    """A PPO run; returns its curves, lists with a number per update, gold among them, and a few of its responses."""
     models = [f"--model={place(start, seed)}/final", f"--reward_model={reward_model(seed)}", *data(seed, "sft")]
     batch = ["--n_minibatches=4", "--n_epochs=1", "--micro_batch_size=16", "--samples_every=1"]
     every = mock.patch.object(ppo, "write_samples", functools.partial(ppo.write_samples, n=64))  # the whole batch
@@ -142,8 +142,8 @@ def policy(seed, name, argv, start="sft", patch=None):
     curves = {name: [row[key] for row in metrics] for name, key in columns.items()}
     scores = gold.score([row["query"] for row in samples], [row["response"] for row in samples])
     curves["gold"] = np.reshape(scores, (len(metrics), -1)).mean(1).tolist()
-    shown = [(row["step"], row["response"], row["score"], score) for row, score in zip(samples, scores)][:: 64 * 10]
-    return curves | {"texts": [*shown, (samples[-1]["step"], samples[-1]["response"], samples[-1]["score"], scores[-1])]}
+    texts = [(row["step"], row["response"], row["score"], true) for row, true in zip(samples, scores)]
+    return curves | {"texts": texts[:: 64 * 10] + texts[-1:]}
 
 
 def read_jsonl(path):
