@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sqlite3
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 
@@ -76,13 +76,15 @@ def ask_all(judge, pairs, seed, cache, workers=8, timeout=60.0, retries=6):
     failed_in_a_row, pool = 0, ThreadPoolExecutor(workers)
     try:
         asker = Asker(judge, url, model, timeout, retries)
-        for key, reply in zip(missing, pool.map(asker, missing.values())):
-            failed_in_a_row = 0 if reply is not None else failed_in_a_row + 1
+        futures = {pool.submit(asker, prompt): key for key, prompt in missing.items()}
+        for future in as_completed(futures):
+            reply, answers = future.result()
+            if reply is not None:
+                known[futures[future]] = reply
+                replies.execute("insert into replies values (?, ?)", (futures[future], reply))
+            failed_in_a_row = 0 if answers else failed_in_a_row + 1
             gone = f"judge {judge}: {workers} requests in a row had no reply ({asker.trouble}); {len(known)} replies"
             require(failed_in_a_row < workers, f"{gone} are kept: mend that, and run the same command again")
-            if reply is not None:
-                known[key] = reply
-                replies.execute("insert into replies values (?, ?)", (key, reply))
     finally:
         pool.shutdown(cancel_futures=True)
         replies.close()
@@ -91,7 +93,9 @@ def ask_all(judge, pairs, seed, cache, workers=8, timeout=60.0, retries=6):
 
 
 class Asker:
-    """A call sends one prompt and returns the reply's text, or None if there is none to be had."""
+    """A call sends one prompt; it returns the reply's text, None if there is none to be had, and whether the server
+    still answers: with a reply, or by refusing this one prompt.
+    """
 
     def __init__(self, judge, url, model, timeout, retries):
         with explain("a judge's endpoint needs the openai library; pip install openai", ImportError):
@@ -106,15 +110,16 @@ class Asker:
         for _ in range(2):  # the library sends again what fails; this does so for an answer that is none
             try:
                 answer = self.client.chat.completions.create(model=self.model, messages=messages, **OPTIONS)
-                return answer.choices[0].message.content or ""
+                text = answer.choices[0].message.content or ""
+                return text.encode(errors="replace").decode(), True  # half a surrogate pair cannot be kept
             except self.openai.APIStatusError as error:
                 if error.status_code in (401, 403, 404):
                     raise UserError(f"judge {self.judge}: {error}; mend OPENAI_API_KEY, URL or model") from None
                 self.trouble = str(error)
-                return None
+                return None, error.status_code in (400, 413, 422)  # too long, or filtered
             except self.openai.APIConnectionError as error:  # time-outs too
                 self.trouble = str(error)
-                return None
+                return None, False
             except (self.openai.APIError, ValueError, LookupError, TypeError, AttributeError) as error:
                 self.trouble = f"not a chat completion: {error}"
-        return None
+        return None, False

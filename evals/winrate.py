@@ -57,7 +57,10 @@ def read_pairs(samples):
     tables = [read_rows(path) for path in paths]
     if "summaries" in tables[0][0]:
         require(len(paths) == 1, f"samples {samples}: comparisons are pairs already; give one such file alone")
-        pairs = [pair for row in tables[0] for pair in compared(row)]
+        pairs = []
+        for number, row in enumerate(tables[0], 1):
+            with explain(f"samples {samples}: row {number}", UserError, LookupError, TypeError, AttributeError):
+                pairs += compared(row)
         require(pairs, f"samples {samples}: no row has exactly one summary by 'ref'; there is nothing to compare")
         return pairs
     ours, other = tables[0], tables[-1]
@@ -74,16 +77,16 @@ def read_pairs(samples):
 
 def compared(row):
     """A row of comparisons as a list of one pair, or of none if not exactly one of its summaries is by `ref`."""
-    summaries, info = row["summaries"], row["info"]
-    by_ref = [summary.get("policy") == "ref" for summary in summaries]
-    if by_ref.count(True) != 1:
+    summaries, info, choice = row["summaries"], row["info"], row.get("choice")
+    require(len(summaries) == 2 and choice in (0, 1, None), f"{len(summaries)} summaries, choice {choice!r}; mend it")
+    texts, by_ref = [text_of(summary, "text") for summary in summaries], [s.get("policy") == "ref" for s in summaries]
+    if by_ref[0] == by_ref[1]:
         return []
     ref = by_ref.index(True)
     # a tokenizer that leaves the text as it is, and no limit: the query's text
     query = format_query(info, types.SimpleNamespace(encode=str), max_tokens=np.inf)
-    response, other = (text_of(summaries[which], "text") for which in (1 - ref, ref))
-    choice = None if row.get("choice") is None else float(row["choice"] != ref)
-    return [dict(query=query, response=response, other=other, choice=choice, prompt=("summary", info))]
+    won = None if choice is None else float(choice != ref)
+    return [dict(query=query, response=texts[1 - ref], other=texts[ref], choice=won, prompt=("summary", info))]
 
 
 def judge_pairs(run, measure, judge, pairs):
@@ -100,12 +103,16 @@ def judge_pairs(run, measure, judge, pairs):
     if "/" in judge:
         ours, others = (reward_scores(run, measure, judge, pairs, side) for side in ("response", "other"))
     else:
-        with explain(f"judge {judge}: no URL, no model's directory, and no module that can score these", Exception):
+        cannot = f"judge {judge}: no URL, no model's directory, and no module that can score these"
+        with explain(cannot, Exception, UserError):
             score = importlib.import_module(judge).score
             queries, *texts = ([pair[key] for pair in pairs] for key in ("query", "response", "other"))
             ours, others = ([float(x) for x in score(queries, side)] for side in texts)
-            require(len(ours) == len(others) == len(pairs), "not a score for each text")
-    return [(a > b) + 0.5 * (a == b) for a, b in zip(ours, others)], None
+            fits = len(ours) == len(others) == len(pairs) and np.isfinite(ours + others).all()
+            require(fits, "not a score for each text, or not a finite one")
+    # equal texts tie, whatever rounding does to them in different micro-batches
+    ties = [a == b or pair["response"] == pair["other"] for a, b, pair in zip(ours, others, pairs)]
+    return [0.5 if tie else float(a > b) for a, b, tie in zip(ours, others, ties)], None
 
 
 def reward_scores(run, measure, source, pairs, side):

@@ -157,7 +157,8 @@ def test_published_runs_overoptimise_without_a_penalty_in_every_seed():
     for row in runs:
         gold, proxy = report.smooth(row["gold"]), report.smooth(row["proxy"])
         top = int(gold.argmax())
-        assert report.end(row["gold"]) < gold[top] - 0.5 and report.end(row["proxy"]) > proxy[top] + 0.2
+        # gold of a response has a deviation of about 1: means of 5 x 64 are off by 0.06, their difference by 0.08
+        assert report.end(row["gold"]) < gold[top] - 0.3 and report.end(row["proxy"]) > proxy[top] + 0.3
 
 
 def test_lab_names_what_it_does_not_know(monkeypatch, capsys):

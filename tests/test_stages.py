@@ -324,7 +324,7 @@ def test_rouge_matches_the_reference_aggregate_on_real_summaries(tldr_sample):
     """The paper's code takes the middle of a bootstrap per batch: it must lie around our mean (detail 9)."""
     from rouge_score import rouge_scorer, scoring
 
-    rows = [json.loads(line) for line in open(tldr_sample / "comparisons_validation.jsonl")]
+    rows = map(json.loads, (tldr_sample / "comparisons_validation.jsonl").read_text().splitlines())
     texts = [{side["policy"]: side["text"] for side in row["summaries"]} for row in rows]
     references, responses = ([row[policy] for row in texts] for policy in ("ref", "openai_1.3b_ppo"))
     names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
