@@ -78,11 +78,12 @@ def ask_all(judge, pairs, seed, cache, workers=8, timeout=60.0, retries=6):
         asker = Asker(judge, url, model, timeout, retries)
         futures = {pool.submit(asker, prompt): key for key, prompt in missing.items()}
         for future in as_completed(futures):
-            reply, answers = future.result()
+            reply, refused = future.result()
             if reply is not None:
                 known[futures[future]] = reply
-                replies.execute("insert into replies values (?, ?)", (futures[future], reply))
-            failed_in_a_row = 0 if answers else failed_in_a_row + 1
+                replies.execute("insert or replace into replies values (?, ?)", (futures[future], reply))
+            # to refuse a prompt is an answer, unless all are refused
+            failed_in_a_row = 0 if reply is not None or (refused and known) else failed_in_a_row + 1
             gone = f"judge {judge}: {workers} requests in a row had no reply ({asker.trouble}); {len(known)} replies"
             require(failed_in_a_row < workers, f"{gone} are kept: mend that, and run the same command again")
     finally:
@@ -93,9 +94,7 @@ def ask_all(judge, pairs, seed, cache, workers=8, timeout=60.0, retries=6):
 
 
 class Asker:
-    """A call sends one prompt; it returns the reply's text, None if there is none to be had, and whether the server
-    still answers: with a reply, or by refusing this one prompt.
-    """
+    """A call sends one prompt; it returns the reply's text, or None, and whether the server refused this prompt."""
 
     def __init__(self, judge, url, model, timeout, retries):
         with explain("a judge's endpoint needs the openai library; pip install openai", ImportError):
@@ -111,7 +110,7 @@ class Asker:
             try:
                 answer = self.client.chat.completions.create(model=self.model, messages=messages, **OPTIONS)
                 text = answer.choices[0].message.content or ""
-                return text.encode(errors="replace").decode(), True  # half a surrogate pair cannot be kept
+                return text.encode(errors="replace").decode(), False  # half a surrogate pair cannot be kept
             except self.openai.APIStatusError as error:
                 if error.status_code in (401, 403, 404):
                     raise UserError(f"judge {self.judge}: {error}; mend OPENAI_API_KEY, URL or model") from None

@@ -575,6 +575,7 @@ def test_a_server_that_goes_is_gone_on_with_when_it_is_back(endpoint, tmp_path):
             if len(answered) < 6:
                 answered.add(number)
                 return HONEST
+        wait_until(lambda: n_replies(cache) == 6)
         server.stop()
         return DROP
 
@@ -595,10 +596,16 @@ def test_a_server_that_always_fails_is_not_asked_for_all(endpoint):
     assert 3 <= len(server.asked()) < 100
 
 
-@pytest.mark.parametrize("status, times", [(500, 2), (400, 1)], ids=["fails", "too long for its context"])
-def test_one_pair_without_a_reply_does_not_stop_the_others(endpoint, tmp_path, status, times):
+def test_a_server_that_refuses_all_requests_is_one_line(endpoint):
+    """As that of a model which takes no temperature does: nothing is left to rate, so its reason must be seen."""
+    server = endpoint(make_pairs(9), lambda number, nth: 400)
+    refused("the reason that the server gives", server)
+
+
+@pytest.mark.parametrize("trouble, times", [(500, 2), (DROP, 2), (400, 1)], ids=["fails", "dropped", "too long"])
+def test_one_pair_without_a_reply_does_not_stop_the_others(endpoint, tmp_path, trouble, times):
     """It counts as none, and the next call asks for it, and for it alone."""
-    server = endpoint(make_pairs(9), lambda number, nth: status if number == 4 else HONEST)
+    server = endpoint(make_pairs(9), lambda number, nth: trouble if number == 4 else HONEST)
     expected = longer_wins(server.pairs)
     verdicts, replies = ask(server, cache=tmp_path / "replies.sqlite", retries=1)
     assert verdicts == [*expected[:4], None, *expected[5:]] and replies[4] is None
@@ -680,6 +687,19 @@ def test_a_killed_process_keeps_the_replies_that_had_come(endpoint, tmp_path):
     assert came and server.asked() == [0, 1, 2, 3, 4, 5]
     assert ask(server, cache=cache)[0] == longer_wins(server.pairs)
     assert sorted(server.asked()) == [*range(5, 12)]
+
+
+def test_two_calls_share_a_cache(endpoint, tmp_path):
+    """The same command, started twice: both may have a reply to the same prompt."""
+    cache, others = tmp_path / "replies.sqlite", []
+
+    def script(number, nth):
+        if number == 0 and nth == 1:  # meanwhile the other asks for all
+            others.append(ask(server, cache=cache)[0])
+        return HONEST
+
+    server = endpoint(make_pairs(6), script)
+    assert [ask(server, cache=cache)[0], *others] == [longer_wins(server.pairs)] * 2
 
 
 @pytest.mark.parametrize("content", [b"no database" * 500, b"SQLite format 3\0" + b"\xff" * 4096])
