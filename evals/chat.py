@@ -81,11 +81,14 @@ def ask_all(judge, pairs, seed, cache, workers=8, timeout=60.0, retries=6):
             reply, refused = future.result()
             if reply is not None:
                 known[futures[future]] = reply
-                replies.execute("insert or replace into replies values (?, ?)", (futures[future], reply))
+                with explain(f"{cache}: cannot keep replies; make room there", sqlite3.Error):
+                    replies.execute("insert or replace into replies values (?, ?)", (futures[future], reply))
+            n_known = sum(key in known for key in keys)
             # to refuse a prompt is an answer, unless all are refused
-            failed_in_a_row = 0 if reply is not None or (refused and known) else failed_in_a_row + 1
-            gone = f"judge {judge}: {workers} requests in a row had no reply ({asker.trouble}); {len(known)} replies"
-            require(failed_in_a_row < workers, f"{gone} are kept: mend that, and run the same command again")
+            failed_in_a_row = 0 if reply is not None or (refused and n_known) else failed_in_a_row + 1
+            gone = failed_in_a_row == (workers if n_known else min(workers, len(missing)))
+            why = f"{failed_in_a_row} requests in a row had no reply ({asker.trouble}); {n_known} replies are kept"
+            require(not gone, f"judge {judge}: {why}: mend that, and run the same command again")
     finally:
         pool.shutdown(cancel_futures=True)
         replies.close()
@@ -100,7 +103,7 @@ class Asker:
         with explain("a judge's endpoint needs the openai library; pip install openai", ImportError):
             import openai
         self.judge, self.model, self.openai, self.trouble = judge, model, openai, ""
-        key = os.environ.get("OPENAI_API_KEY", "none")  # a server of one's own may need none
+        key = os.environ.get("OPENAI_API_KEY") or "none"  # a server of one's own may need none
         with explain(f"judge {judge}: no such URL", Exception):
             self.client = openai.OpenAI(base_url=url, api_key=key, max_retries=retries, timeout=timeout)
 
@@ -117,7 +120,7 @@ class Asker:
                 self.trouble = str(error)
                 return None, error.status_code in (400, 413, 422)  # too long, or filtered
             except self.openai.APIConnectionError as error:  # time-outs too
-                self.trouble = str(error)
+                self.trouble = f"{error} {error.__cause__ or ''}"
                 return None, False
             except (self.openai.APIError, ValueError, LookupError, TypeError, AttributeError) as error:
                 self.trouble = f"not a chat completion: {error}"

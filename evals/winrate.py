@@ -35,13 +35,15 @@ from data import Tokenizer, format_query, last_scalars, parse_row, text_of
 from evals import chat
 from model import ScalarModel, write_json
 
+WRONG = (OSError, ValueError, RecursionError, UserError)
+
 
 def read_rows(path):
     """The objects of a JSON lines file; raises UserError that names the file, and the line if one is wrong."""
     rows, unreadable = [], f"samples {path}: cannot be read; give a file that sample.py wrote"
-    with explain(unreadable, OSError, ValueError, UserError), open(path, encoding="utf-8") as lines:
+    with explain(unreadable, *WRONG), open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
-            with explain(f"line {number} is not a JSON object", ValueError, UserError):
+            with explain(f"line {number} is not a JSON object", *WRONG):
                 rows.append(json.loads(line))
                 require(isinstance(rows[-1], dict), f"but a {type(rows[-1]).__name__}")
     require(rows, f"samples {path}: no rows; sample some")
