@@ -255,11 +255,18 @@ def whitening_figure(rows):
 
 def mistakes_figure(rows):
     figure, axes = panels(4, 2.8)
-    show = [("EOS is padding", "eos", "responses that end", 20), ("dropout", "kl", "KL to SFT, first updates", 10),
-            ("dropout", "gold", "gold", None), ("new critic", "value_loss", "value loss", None)]  # fmt: skip
+    show = [("EOS is padding", "eos", "responses that end", 20), ("dropout", "gold", "gold", None),
+            ("new critic", "value_loss", "value loss", None)]  # fmt: skip
     for axis, (arm, name, title, n) in zip(axes, show):
         versus(axis, rows, select(rows, "mistakes", arm), name, arm, n)
         axis.set_title(title)
+    arms = {"as it should be": right(rows)} | {arm: select(rows, "mistakes", arm) for arm in
+                                               ("dropout", "bfloat16", "bfloat16, generation")}  # fmt: skip
+    for (arm, found), colour in zip(arms.items(), (GREY, "#d55e00", "#0072b2", "#009e73")):
+        off = [np.mean(np.abs(np.subtract(row["ratio"], 1))) for row in found]
+        axes[3].plot([arm.replace(", ", ",\n").replace(" it ", " it\n")] * len(off), off, "o", color=colour)
+    axes[3].set(yscale="log", title="abs(first ratio - 1), mean")
+    axes[3].tick_params("x", labelsize=7)
     return figure
 
 

@@ -97,8 +97,8 @@ def results(tmp_path):
         common = dict(seed=seed)
         rows += [dict(experiment="overoptimisation", arm=f"beta {b}", **common, **curves()) for b in report.COLOURS]
         rows.append(dict(experiment="whitening", arm="whitened", **common, **curves(tokens=np.full(60, 4.0))))
-        rows += [dict(experiment="mistakes", arm=arm, **common, **curves(kl=np.full(60, 0.5)))
-                 for arm in ("EOS is padding", "dropout", "new critic")]  # fmt: skip
+        arms = lab.EXPERIMENTS["mistakes"]
+        rows += [dict(experiment="mistakes", arm=arm, **common, **curves(ratio=np.full(60, 1.1))) for arm in arms]
         rows.append(dict(experiment="best_of_n", arm="best of n", **common, n=[1, 2], kl=[0, 0.19], proxy=[0, 1.0],
                          gold=[2.0, 2.5]))  # fmt: skip
         rows += [dict(experiment="data", arm=f"{kind} {n}", **common, pairs=n, accuracy=0.6 + seed / 100)
