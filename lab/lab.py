@@ -1,7 +1,7 @@
 """The laboratory: what RLHF does to a policy where the true score is known, and what goes wrong when a detail does.
 
-    python lab/lab.py overoptimisation       # three seeds, 9 PPO runs: a figure and a table in 20 minutes on 2 cores
-    python lab/lab.py                        # everything, in an hour; goes on where it was stopped
+    python lab/lab.py overoptimisation       # three seeds, 9 PPO runs: figures and tables
+    python lab/lab.py                        # everything; goes on where it was stopped
 
 The world is toy/'s, whose gold score made the labels. Here the reward model sees few of them, so that it can be fooled,
 and PPO runs long enough to do so. "Proxy" is that reward model's score, the one that PPO is paid; "gold" is never seen.
