@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pipeline import EVERYTHING, metrics, same_metrics
+from pipeline import EVERYTHING, ROUNDING, metrics, same_metrics
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import GPTNeoXForCausalLM, GPTNeoXModel
@@ -364,7 +364,8 @@ def test_best_of_n_keeps_the_best_response_that_ends(pipeline):
     one, _ = samples_of(pipeline.config(sample, "best_of_1", temperature=1.0))
     four, summary = samples_of(pipeline.config(sample, "best_of_4", temperature=1.0, best_of=4))
     better = [b["score"] - a["score"] for a, b in zip(one, four) if a["eos"]]
-    assert len(better) > 3 and min(better) >= 0 and max(better) > 0  # the first of the four is the same draw
+    # the first of the four is the same draw; in another micro-batch its score is rounded otherwise
+    assert len(better) > 3 and min(better) > -ROUNDING and max(better) > 10 * ROUNDING
     assert summary["kl_bound"] == pytest.approx(0.636294, abs=1e-6)  # log 4 - 3/4
     with pytest.raises(UserError, match="reward_model"):
         sample.main(pipeline.config(sample, "best_of_none", best_of=2, reward_model=""))
