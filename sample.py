@@ -7,8 +7,10 @@
     python sample.py --judge=out/rm_1b/final --samples=out/samples/samples.jsonl           (more: evals/winrate.py)
 
 Over a split it prints one table per model; of the one with the best score it writes out_dir/samples.jsonl (query,
-response, reference, tokens, reference_tokens, length_ratio, eos, score, reference_score, kl) and out_dir/summary.json
-(their means, and ROUGE), beside out_dir/config.json. The tokens drawn depend on `seed` alone.
+response, reference, tokens, reference_tokens, length_ratio, eos; with reward_model score and reference_score; with
+reference kl) and out_dir/summary.json (their means, and ROUGE), beside out_dir/config.json. The tokens drawn depend on
+`seed` alone. With best_of, kl is the log-ratio of the responses that were kept; the KL of best-of-n as a policy is at
+most kl_bound.
 
 differs: the reference takes ROUGE per evaluation batch, from the middle of bootstrap resamples; here it is the mean
 over all rows, which is what those estimate.
@@ -34,7 +36,7 @@ class Config(runtime.RunConfig):
     model: str = "out/ppo_1b/final"  # what to sample from: hub id or directory; of a,b,c the one with the best score
     reward_model: str = ""  # scores responses and references, if given; a,b,c: the mean of these
     reference: str = ""  # KL is measured to this model, if given
-    prompt: str = ""  # a text to continue as it stands, or - for those that stdin has, one per line; empty: use data
+    prompt: str = ""  # a text to continue, or - for each line of stdin (\n: a line break); empty: use data
     data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # hub id, directory or file with {split}
     split: str = "validation"  # the rows to sample for; validation[:100]: the first hundred
     response_length: Count = 53  # tokens sampled at most
@@ -85,7 +87,7 @@ def compare(run, cfg, model, reference, query, response):
 
 
 def best_of(n, scores, responses, eos_id):
-    """Of n rounds of responses to the same queries, the best to each by score; those without EOS have none (detail 13).
+    """Of n rounds of responses to the same queries, the best to each by score; without EOS there is none (detail 13).
 
     By arXiv:2009.01325 such a policy's KL to the one that is sampled from is at most log n - (n - 1) / n.
     """
@@ -126,11 +128,11 @@ def evaluate(run, cfg, source):
 
 
 def complete(run, cfg):
-    """Print a response to cfg.prompt, or to each line of stdin."""
+    """Print a response to cfg.prompt, or to each line of stdin, where \\n stands for a line break."""
     require(run.size == 1, "a prompt is for one process; start it without torchrun")
     model = runtime.load_model(run, GPTNeoX, cfg.model)
     anchor = cfg.compare and runtime.load_model(run, GPTNeoX, cfg.reference)
-    texts = (line.rstrip("\n") for line in sys.stdin) if cfg.prompt == "-" else [cfg.prompt]
+    texts = (line.rstrip("\n").replace("\\n", "\n") for line in sys.stdin) if cfg.prompt == "-" else [cfg.prompt]
     for number, text in enumerate(filter(str.strip, texts)):
         query = run.tokenizer.encode(text)
         response = sample(run, cfg, model, [query], number)[0]

@@ -2,7 +2,8 @@
 
 Each pair is shown in random order (by seed), since judges favour a place. A reply without one clear verdict counts as
 none; it is never guessed. Requests that fail are sent again, later and later, by the openai library; what still has no
-reply then is left for the next run of the same command. Every reply is kept at once, in an SQLite file.
+reply then is left for the next run of the same command. With out_dir every reply is kept at once, in an SQLite file
+there.
 """
 
 import hashlib

@@ -19,25 +19,27 @@ def accuracy_table(rows, margins):
 
     rows: a data set of pairs. margins (n,): score of the chosen minus score of the rejected response.
     Confidence is symmetric about 5, so |c - 5| is its strength (detail 6). Returns {group: {"accuracy", "expected",
-    "n"}}: expected is the accuracy that the margins promise, the mean of sigmoid(|margin|). Ties are left out.
+    "n"}}: expected is the accuracy that the margins promise, the mean of sigmoid(|margin|). Pairs whose labels are ties
+    are left out; a margin of 0 is wrong.
     """
     import pandas  # here, since it takes a second; datasets brings it
 
     margins = np.asarray(margins.cpu(), dtype=np.float64)
     strength = [str(abs(c - 5)) if c else "" for c in rows["confidence"]]
     columns = {"": "all", "batch": rows["batch"], "|confidence - 5|": strength, "policies": rows["policies"]}
-    columns["margin >="] = np.floor(2 * np.abs(margins)) / 2
+    columns["margin"] = [f"{low} to {low + 0.5}" for low in np.floor(2 * np.abs(margins)) / 2]
     frame = pandas.DataFrame({**columns, "right": margins > 0, "sure": 1 / (1 + np.exp(-np.abs(margins)))})
     frame, table = frame[np.asarray(rows["target"]) != 0.5], {}
     for title in columns:
-        rows = frame[frame[title] != ""].groupby(title)
-        rows = rows.agg(accuracy=("right", "mean"), expected=("sure", "mean"), n=("right", "size")).to_dict("index")
-        table |= {f"{title} {group}".strip(): row for group, row in rows.items()}
+        groups = frame[frame[title] != ""].groupby(title)
+        means = groups.agg(accuracy=("right", "mean"), expected=("sure", "mean"), n=("right", "size"))
+        table |= {f"{title} {group}".strip(): row for group, row in means.to_dict("index").items()}
     return table
 
 
 def eos_rewards(run, cfg, model, rows):
-    """Mean reward of the best responses at EOS and at their other tokens, which were never trained (detail 13)."""
+    """Mean reward of the best responses at EOS and at their other tokens, which were never trained (detail 13); and the
+    share of those others that are negative."""
 
     def read(index):
         micro = rows[index]

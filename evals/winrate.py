@@ -52,7 +52,8 @@ def read_rows(path):
 
 def read_pairs(samples):
     """The pairs of a file or of two ("a,b"): dicts of query, response, other (texts), choice (1.0 if the response was
-    preferred, 0.0 if the other, None if there is no label), and prompt: fields that data.parse_row takes with a text.
+    preferred, 0.0 if the other, None if there is no label), and prompt: (name, fields), a row for data.parse_row to
+    which a text is added under that name.
     """
     paths = samples.split(",")
     require(len(paths) <= 2, f"samples {samples}: {len(paths)} files; give one, or two as a,b")

@@ -41,12 +41,13 @@ from data import Tokenizer, last_scalars  # noqa: E402
 from lab import report  # noqa: E402
 from toy import gold, make_data  # noqa: E402
 
-SEEDS, BETAS, SIZES = (1, 2, 3), (0.0, 0.1, 0.3), (125, 500, 2000, 8000)
+SEEDS, SIZES = (1, 2, 3), (125, 500, 2000, 8000)
 OUT = ROOT / "out" / "lab"
 RESULTS = OUT / "results.jsonl"
 PAIRS = 500  # labels of the reward model that PPO can fool
 UPDATES = 60  # of PPO; 64 episodes in 4 minibatches, one epoch
 DRAWS, POSTS = 64, 100  # for best-of-n
+EOS = 0  # in the tokenizers of toy/ and of Pythia
 
 
 # ---------------------------------------------------------------------------- mistakes, each a patch of the project
@@ -58,7 +59,7 @@ def eos_is_padding():
 
     def without_eos(rows, loss_on, device):
         ids, select, targets, mask = inputs(rows, loss_on, device)
-        return ids, select, targets, mask & (targets != 0)
+        return ids, select, targets, mask & (targets != EOS)
 
     return mock.patch.object(sft, "model_inputs", without_eos)
 
@@ -143,7 +144,7 @@ def policy(seed, name, argv, start="sft", patch=None):
     scores = gold.score([row["query"] for row in samples], [row["response"] for row in samples])
     curves["gold"] = np.reshape(scores, (len(metrics), -1)).mean(1).tolist()
     texts = [(row["step"], row["response"], row["score"], true) for row, true in zip(samples, scores)]
-    return curves | {"texts": texts[:: 64 * 10] + texts[-1:]}
+    return curves | {"texts": texts[:: 64 * 10] + texts[-64:-63]}
 
 
 def read_jsonl(path):
@@ -196,7 +197,6 @@ def without_eos(seed):
 def new_critic(seed):
     """PPO whose critic starts from the SFT model with a new head, not from the reward model."""
     source, directory = str(place("sft", seed) / "final"), str(place("critic", seed))
-    torch.manual_seed(seed)
     critic = model.ScalarModel(model.GPTNeoXConfig.from_directory(source))
     model.load_weights(critic, source, new_head=True)
     critic.save_pretrained(directory)
@@ -218,7 +218,8 @@ BF16 = ["--kl_coef=0.1", "--dtype=bfloat16", f"--episodes={8 * 64}"]
 # experiment -> arm -> function of the seed that returns a row of results
 EXPERIMENTS = {
     "overoptimisation": {
-        f"beta {beta}": functools.partial(policy, name=f"ppo-beta-{beta}", argv=[f"--kl_coef={beta}"]) for beta in BETAS
+        f"beta {beta}": functools.partial(policy, name=f"ppo-beta-{beta}", argv=[f"--kl_coef={beta}"])
+        for beta in report.BETAS
     },
     "best_of_n": {"best of n": best_of_n},
     "data": {
@@ -245,6 +246,7 @@ def job(experiment, arm, seed):
     torch.set_num_threads(1)
     base(seed)
     reward_model(seed)
+    torch.manual_seed(seed)  # for dropout and for a new head; all else draws by its own seeds
     return experiment and {"experiment": experiment, "arm": arm, "seed": seed, **EXPERIMENTS[experiment][arm](seed)}
 
 

@@ -7,15 +7,15 @@ that returns its lines: a notebook can call them. A row has experiment, arm, see
 update).
 """
 
+import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-COLOURS = {"0.0": "#d55e00", "0.1": "#0072b2", "0.3": "#009e73"}  # by beta; told apart by colour-blind eyes too
+BETAS = {"0.0": "#d55e00", "0.1": "#0072b2", "0.3": "#009e73"}  # and their colours, which the colour-blind tell apart
 GREY, PROXY, GOLD = "#888888", "#cc79a7", "#e69f00"
 
 
@@ -55,7 +55,7 @@ def mean_and_seeds(values, digits=2):
 
 
 def overoptimisation_table(rows):
-    yield "beta", "seed", "KL at the end", "proxy", "at the end", "gold", "best", "at KL", "at the end"
+    yield "beta", "seed", "KL, end", "proxy, start", "proxy, end", "gold, start", "gold, best", "KL there", "gold, end"
     for row in select(rows, "overoptimisation"):
         kl, proxy, gold = (smooth(row[name]) for name in ("kl", "proxy", "gold"))
         best = gold.argmax()
@@ -64,7 +64,7 @@ def overoptimisation_table(rows):
 
 
 def sqrt_kl_table(rows):
-    yield "beta", "seed", "proxy: slope", "R2", "gold: slope", "R2", "gold up to its best: slope", "R2"
+    yield "beta", "seed", "proxy: slope", "its R2", "gold: slope", "its R2", "gold up to its best: slope", "its R2"
     for row in select(rows, "overoptimisation"):
         proxy, gold, x = smooth(row["proxy"]), smooth(row["gold"]), root(row)
         rise = slice(max(int(gold.argmax()), 2) + 1)
@@ -93,15 +93,25 @@ def whitening_table(rows):
 
 
 def mistakes_table(rows):
-    yield ("", "KL at the first update", "mean of abs(ratio - 1)", "EOS rate at first", "gold at first",
-           "gold, updates 16 to 20", "gold at the end")  # fmt: skip
+    """Of KL and ratio the size: the signs of three seeds may cancel. `ratio` is the mean over a first minibatch."""
+    yield ("", "abs(KL) at first", "abs(first ratio - 1), mean", "generation gap, largest", "EOS rate at first",
+           "gold at first", "gold, updates 15 to 19", "gold, last five")  # fmt: skip
     arms = dict.fromkeys(row["arm"] for row in rows if row["experiment"] == "mistakes")
+    whole = len(right(rows)[0]["gold"])
     for name, found in {"none of them": right(rows), **{arm: select(rows, "mistakes", arm) for arm in arms}}.items():
         off = np.mean([np.abs(np.subtract(row["ratio"], 1)).mean() for row in found])
-        kl, eos, gold = (np.mean([row[key][0] for row in found]) for key in ("kl", "eos", "gold"))
-        ends = [[row["gold"][n - 5 : n] for row in found] for n in (20, 60) if len(found[0]["gold"]) >= n]
+        kl = np.mean([abs(row["kl"][0]) for row in found])
+        gap = np.max([row["gap"] for row in found])
+        eos, gold = (np.mean([row[key][0] for row in found]) for key in ("eos", "gold"))
+        ends = [[row["gold"][n - 5 : n] for row in found] for n in (20, whole) if len(found[0]["gold"]) >= n]
         later = [mean_and_seeds(np.mean(curves, axis=1)) for curves in ends] + [""] * (2 - len(ends))
-        yield name, f"{kl:.4f}", f"{off:.1e}", f"{eos:.0%}", gold, *later
+        yield name, f"{kl:.4f}", f"{off:.1e}", f"{gap:.1e}", f"{eos:.0%}", gold, *later
+
+
+def by_beta(rows):
+    """Of the runs with various KL penalties {beta: (colour, runs)}, as far as there are any."""
+    found = {beta: (colour, select(rows, "overoptimisation", f"beta {beta}")) for beta, colour in BETAS.items()}
+    return {beta: (colour, runs) for beta, (colour, runs) in found.items() if runs}
 
 
 def right(rows):
@@ -132,11 +142,11 @@ def panels(n, height=2.8, **options):
 
 def overoptimisation_figure(rows):
     """Proxy (dashed) and gold (solid) against updates: a panel per beta, a line per seed, and the mean."""
-    figure, axes = panels(len(COLOURS), 3.4, sharey=True)
-    for axis, beta in zip(axes, COLOURS):
-        found = select(rows, "overoptimisation", f"beta {beta}")
+    arms = by_beta(rows)
+    figure, axes = panels(len(arms), 3.4, sharey=True)
+    for axis, (beta, (_, found)) in zip(axes, arms.items()):
         for name, style, colour in (("proxy", "--", PROXY), ("gold", "-", GOLD)):
-            curves = [smooth(row[name], 9) for row in found]
+            curves = [smooth(row[name]) for row in found]
             for curve in curves:
                 axis.plot(curve, style, color=colour, alpha=0.6, lw=1)
             axis.plot(np.mean(curves, axis=0), style, color=colour, lw=2.5, label=f"{name} (thin: each seed)")
@@ -154,8 +164,8 @@ def signature_figure(rows):
              "perplexity": "perplexity of responses"}  # fmt: skip
     figure, axes = panels(len(names), 2.8)
     for axis, (name, title) in zip(axes, names.items()):
-        for beta, colour in COLOURS.items():
-            curves = np.array([smooth(row[name]) for row in select(rows, "overoptimisation", f"beta {beta}")])
+        for beta, (colour, found) in by_beta(rows).items():
+            curves = np.array([smooth(row[name]) for row in found])
             axis.plot(curves.mean(0), color=colour, label=f"beta {beta}")
             axis.fill_between(range(curves.shape[1]), curves.min(0), curves.max(0), color=colour, alpha=0.15, lw=0)
         axis.set(title=title, xlabel="update")
@@ -179,7 +189,7 @@ def sqrt_kl_figure(rows):
     runs = select(rows, "overoptimisation")
     for axis, name in zip(axes, ("proxy", "gold")):
         for row in runs:
-            colour, label = COLOURS[row["arm"].removeprefix("beta ")], row["arm"] if row["seed"] == 1 else None
+            colour, label = BETAS[row["arm"].removeprefix("beta ")], row["arm"] if row["seed"] == 1 else None
             axis.plot(root(row), smooth(row[name]), ".", ms=4, color=colour, label=label)
         d = np.concatenate([root(row) for row in runs])
         y = np.concatenate([smooth(row[name]) for row in runs])[d > 0.1]
@@ -188,7 +198,7 @@ def sqrt_kl_figure(rows):
             a, b, r2 = fit(d, y)
             axis.plot(x, a + b * x, color="k", lw=1, label=f"{a:.2f} + {b:.2f} d, R2 = {r2:.2f}")
         else:
-            c = np.mean([row["gold"][0] for row in runs])  # there KL is 0
+            c = np.mean([row["gold"][0] for row in runs])  # where KL is 0
             for text, bend, style in (("d", lambda d: d, "-"), ("log d", np.log, ":")):
                 a, b, r2 = scaling(d, y - c, bend)
                 law = f"{c:.2f} + d ({a:.2f} - {b:.2f} {text}), R2 = {r2:.2f}"
@@ -208,11 +218,10 @@ def best_of_n_figure(rows):
         axis.plot(found[0]["kl"], best, "o-", ms=4, color=GREY, label="best of n")
         for n, x, y in zip(found[0]["n"], found[0]["kl"], best):
             axis.annotate(f"{n}", (x, y), textcoords="offset points", xytext=(0, 5), fontsize=7, color=GREY)
-        for beta, colour in COLOURS.items():
-            runs = select(rows, "overoptimisation", f"beta {beta}")
+        for beta, (colour, runs) in by_beta(rows).items():
             kl, score = (np.mean([smooth(row[key]) for row in runs], axis=0) for key in ("kl", name))
             axis.plot(kl, score, color=colour, label=f"PPO, beta {beta}")
-        axis.set(title=name, xlabel="KL to SFT, nats (best of n: its bound)", xlim=(0, 8))
+        axis.set(title=name, xlabel="KL to SFT, nats, up to 8 (best of n: its bound)", xlim=(0, 8))
     axes[0].legend(fontsize=7, frameon=False)
     return figure
 
@@ -272,15 +281,17 @@ def mistakes_figure(rows):
 
 # ---------------------------------------------------------------------------- files
 
-# name: figure, table, and the experiments that they need
+MISTAKES = ("EOS is padding", "dropout", "new critic", "bfloat16", "bfloat16, generation")
+# name: figure, table, and what they need: experiments, or arms of them
 ALL = {
     "overoptimisation": (overoptimisation_figure, overoptimisation_table, ["overoptimisation"]),
     "signature": (signature_figure, None, ["overoptimisation"]),
     "sqrt_kl": (sqrt_kl_figure, sqrt_kl_table, ["overoptimisation"]),
     "best_of_n": (best_of_n_figure, best_of_n_table, ["overoptimisation", "best_of_n"]),
     "data": (data_figure, data_table, ["data"]),
-    "whitening": (whitening_figure, whitening_table, ["overoptimisation", "whitening"]),
-    "mistakes": (mistakes_figure, mistakes_table, ["overoptimisation", "mistakes"]),
+    "whitening": (whitening_figure, whitening_table, ["overoptimisation: beta 0.1", "whitening"]),
+    "mistakes": (mistakes_figure, mistakes_table,
+                 ["overoptimisation: beta 0.1", *(f"mistakes: {arm}" for arm in MISTAKES)]),
 }
 
 
@@ -289,12 +300,17 @@ def read(path=ROOT / "lab" / "results.jsonl"):
         return [json.loads(line) for line in lines]
 
 
+def missing(rows, name):
+    """What the figure and table of that name need, and the results do not have."""
+    there = {key for row in rows for key in (row["experiment"], f"{row['experiment']}: {row['arm']}")}
+    return [need for need in ALL[name][2] if need not in there]
+
+
 def write(results, directory):
     """Write all figures that the results allow to directory/figures, and the tables into directory/README.md."""
     rows, directory = read(results), Path(directory)
-    path, there = directory / "README.md", {row["experiment"] for row in rows}
+    path, names = directory / "README.md", [name for name in ALL if not missing(rows, name)]
     (directory / "figures").mkdir(parents=True, exist_ok=True)
-    names = [name for name, (_, _, needs) in ALL.items() if there.issuperset(needs)]
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     for name in names:
         figure, table, _ = ALL[name]
@@ -304,8 +320,14 @@ def write(results, directory):
         old = re.compile(f"<!-- {name} -->.*?<!-- end -->", re.DOTALL)
         text = old.sub(lambda match, block=block: block, text) if old.search(text) else f"{text}\n{block}\n"
     path.write_text(text, encoding="utf-8")
-    print(f"wrote {path} and {directory}/figures: {', '.join(names)}")
+    print(f"wrote {path} and {directory}/figures: {', '.join(names) or 'none'}")
+    for name in ALL:
+        if name not in names and any(row["experiment"] == name for row in rows):
+            print(f"{name} also needs {', '.join(missing(rows, name))}")
 
 
 if __name__ == "__main__":
-    write(*sys.argv[1:3])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", help="a results.jsonl")
+    parser.add_argument("directory", help="where README.md and figures/ go, or are replaced")
+    write(**vars(parser.parse_args()))

@@ -85,7 +85,8 @@ def test_generation_logprobs_are_those_of_the_samples(pipeline, monkeypatch):
 def curves(**changes):
     ramp = np.linspace(0, 1, 60)
     made = dict(kl=9 * ramp, proxy=3 * ramp, gold=2 + ramp - 2 * ramp**2, tokens=5 + ramp, eos=1 - 0 * ramp,
-                ratio=1 + 0 * ramp, value_loss=1 - ramp, perplexity=2 - ramp)  # fmt: skip
+                ratio=1 + 0 * ramp, value_loss=1 - ramp, perplexity=2 - ramp,
+                gap=0 * ramp)  # fmt: skip
     return {name: np.asarray(x).tolist() for name, x in (made | changes).items()}
 
 
@@ -95,7 +96,7 @@ def results(tmp_path):
     rows = []
     for seed in (1, 2, 3):
         common = dict(seed=seed)
-        rows += [dict(experiment="overoptimisation", arm=f"beta {b}", **common, **curves()) for b in report.COLOURS]
+        rows += [dict(experiment="overoptimisation", arm=f"beta {b}", **common, **curves()) for b in report.BETAS]
         rows.append(dict(experiment="whitening", arm="whitened", **common, **curves(tokens=np.full(60, 4.0))))
         arms = lab.EXPERIMENTS["mistakes"]
         rows += [dict(experiment="mistakes", arm=arm, **common, **curves(ratio=np.full(60, 1.1))) for arm in arms]
@@ -123,12 +124,19 @@ def test_report_writes_figures_and_replaces_its_tables_alone(results, tmp_path):
     assert readme.read_text() == once
 
 
-def test_report_draws_what_the_results_allow(results, tmp_path):
-    rows = [row for row in report.read(results) if row["experiment"] == "overoptimisation"]
+@pytest.mark.parametrize(("left", "drawn", "line"), [
+    (["overoptimisation"], ["overoptimisation", "signature", "sqrt_kl"], ""),
+    (["overoptimisation: beta 0.3"], ["overoptimisation", "signature", "sqrt_kl"], ""),  # stopped after a seed of it
+    (["overoptimisation: beta 0.1", "mistakes: dropout"], ["overoptimisation", "signature", "sqrt_kl"],
+     "mistakes also needs mistakes: EOS is padding, mistakes: new critic, mistakes: bfloat16"),
+    (["whitening"], [], "whitening also needs overoptimisation: beta 0.1\n"),
+])  # fmt: skip
+def test_report_draws_what_the_results_allow(results, tmp_path, capsys, left, drawn, line):
+    rows = [row for row in report.read(results) if {row["experiment"], "{experiment}: {arm}".format(**row)} & {*left}]
     results.write_text("".join(json.dumps(row) + "\n" for row in rows))
     report.write(results, tmp_path / "some")
-    drawn = sorted(path.stem for path in (tmp_path / "some" / "figures").iterdir())
-    assert drawn == ["overoptimisation", "signature", "sqrt_kl"]
+    assert sorted(path.stem for path in (tmp_path / "some" / "figures").iterdir()) == drawn
+    assert line in capsys.readouterr().out
 
 
 def test_overoptimisation_table_is_read_off_the_curves(results):

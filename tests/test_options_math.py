@@ -467,8 +467,9 @@ def test_accuracy_table_matches_loop():
     for i, margin in enumerate(margins.tolist()):
         if rows["target"][i] == 0.5:
             continue
+        low = math.floor(abs(margin) / 0.5) * 0.5
         names = ["all", f"batch {rows['batch'][i]}", f"policies {rows['policies'][i]}",
-                 f"margin >= {math.floor(abs(margin) / 0.5) * 0.5:.1f}"]  # fmt: skip
+                 f"margin {low:.1f} to {low + 0.5:.1f}"]  # fmt: skip
         if rows["confidence"][i]:
             names.append(f"|confidence - 5| {abs(rows['confidence'][i] - 5)}")
         for name in names:
@@ -494,7 +495,7 @@ def test_accuracy_of_calibrated_margins_is_what_they_promise():
     pairs = dict(accuracy=0.75, expected=0.75, n=4)
     assert table == {
         "all": pytest.approx(pairs), "batch x": pytest.approx(pairs), "policies a / b": pytest.approx(pairs),
-        "margin >= 1.0": pytest.approx(pairs),
+        "margin 1.0 to 1.5": pytest.approx(pairs),
         "|confidence - 5| 4": pytest.approx(dict(accuracy=1.0, expected=0.75, n=2)),
         "|confidence - 5| 3": pytest.approx(dict(accuracy=0.0, expected=0.75, n=1)),
     }  # fmt: skip

@@ -250,6 +250,7 @@ def test_command_writes_a_figure_and_a_line_per_run(figures, tmp_path, capsys):
     [
         (["ppo", "sft"], "ppo is ppo, sft is sft: runs of different stages; draw a figure for each stage"),
         (["ppo", "--keys=objective/klx"], "no run has 'objective/klx'; did you mean objective/kl"),
+        (["ppo", "--keys=a,b+c+d+e"], "b+c+d+e: a panel takes three metrics"),
         (["ppo", "--keys=kl"], "no run has 'kl'; did you mean objective/kl?"),
         (["ppo", "--keys=objective/kl+lr"], "no run has 'lr'"),
         (["other"], "other: no metrics of ppo, sft, rm, dpo; give the directory of a training run"),

@@ -140,7 +140,7 @@ def test_rm_evaluation_matches_a_count_by_hand(pipeline):
         assert report["accuracy"][f"batch {batch}"] == row_of(margins[np.array(rows["batch"]) == batch])
     for low in (0.0, 0.5):  # calibration: accuracy by distance of the rewards, against the ideal sigmoid
         picked = margins[(np.abs(margins) >= low) & (np.abs(margins) < low + 0.5)]
-        assert report["accuracy"].get(f"margin >= {low}") == (row_of(picked) if len(picked) else None)
+        assert report["accuracy"].get(f"margin {low} to {low + 0.5}") == (row_of(picked) if len(picked) else None)
 
 
 # ---------------------------------------------------------------------------- DPO
@@ -392,10 +392,12 @@ def test_colours_are_green_above_zero_and_red_below(pipeline):
 
 
 def test_sample_draws_anew_for_each_line_of_stdin(pipeline, capsys, monkeypatch):
-    lines = ["SUBREDDIT: r/pets"] * 4 + [""]
+    lines, texts, encode = [r"SUBREDDIT: r/pets\n\nTL;DR:"] * 4 + [""], [], Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: texts.append(text) or encode(self, text))
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
     sample.main(pipeline.config(sample, "unused", prompt="-", temperature=1.0, response_length=10))
     answers = capsys.readouterr().out.split("\n")[:-1]
+    assert texts == ["SUBREDDIT: r/pets\n\nTL;DR:"] * 4
     assert len(answers) == 4 and len(set(answers)) > 1  # 40 draws from a nearly untrained model
 
 

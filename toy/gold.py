@@ -1,6 +1,6 @@
 """The gold score: what the toy labellers really want. The pipeline never sees it; we check with it.
 
-    python toy/gold.py out/ppo/samples.jsonl out/sft/samples.jsonl
+    python toy/gold.py out/toy/ppo/samples/samples.jsonl out/toy/sft/samples/samples.jsonl
 
 prints one line per file: the number of rows, the mean gold score of the responses with its 95 %
 interval (1.96 standard errors), the mean of the references, and the win rate, the share of rows in

@@ -1,7 +1,7 @@
 """Make a small TL;DR: the files of the real data set, in a world where the right answer is known.
 
-    python toy/make_data.py out/toy
-    python toy/make_data.py out/toy --seed=1 --sft-train=2000
+    python toy/make_data.py out/toy/data
+    python toy/make_data.py out/toy/data --seed=1 --sft-train=2000
 
 writes, byte for byte the same for the same arguments,
 

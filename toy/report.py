@@ -41,12 +41,9 @@ def line(name, rows, kl):
 def main(directory):
     samples = {name: Path(directory) / name / "samples" / "samples.jsonl" for name in ("sft", "ppo", "dpo")}
     rows = {name: read(path) for name, path in samples.items()}
-    # the references, as if a policy had written them; their length is in the summary of any of the samples
-    tokens = json.loads((samples["sft"].parent / "summary.json").read_text())["reference_tokens"]
-    references = [
-        {**row, "response": row["reference"], "score": row["reference_score"], "tokens": tokens, "eos": True}
-        for row in rows["sft"]
-    ]
+    # the references, as if a policy had written them
+    copied = {"response": "reference", "score": "reference_score", "tokens": "reference_tokens"}
+    references = [{**row, **{key: row[of] for key, of in copied.items()}, "eos": True} for row in rows["sft"]]
     print(f"{len(references)} held-out posts\n{COLUMNS}")
     print(line("reference", references, "-"))
     for name in rows:
