@@ -46,6 +46,7 @@ def read_rows(path):
             with explain(f"line {number} is not a JSON object", *WRONG):
                 rows.append(json.loads(line))
                 require(isinstance(rows[-1], dict), f"but a {type(rows[-1]).__name__}")
+                json.dumps(rows[-1], ensure_ascii=False).encode()  # ValueError for half a pair of surrogates
     require(rows, f"samples {path}: no rows; sample some")
     return rows
 

@@ -754,6 +754,7 @@ CASES = {
     "not JSON": ("toy.gold", [json.dumps(ROW) + '\n{"query": '], "DIR/0.jsonl: .*line 2"),
     "not an object": ("toy.gold", ["[1]\n"], "DIR/0.jsonl: .*line 1 .*list"),
     "not UTF-8": ("toy.gold", [b"\xff\xfe{"], "DIR/0.jsonl: cannot be read"),
+    "half a surrogate pair": ("toy.gold", [[ROW, ROW | dict(response="\ud800")]], "DIR/0.jsonl: .*line 2 .*surrog"),
     "three files": ("toy.gold", [[ROW]] * 3, "3 files; give one, or two"),
     "different lengths": ("toy.gold", [[ROW], [ROW, ROW]], "DIR/0.jsonl,DIR/1.jsonl: 1 and 2 rows"),
     "differing queries": ("toy.gold", [[ROW] * 2, [ROW, ROW | dict(query="b")]], "DIR/1.jsonl: row 2.*queries differ"),
