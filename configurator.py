@@ -81,7 +81,7 @@ def configure(Config, argv=None):
 def read_file(Config, path, values):
     """Run a config file on top of `values` (which it can read) and return the new values."""
     names = dict(values)
-    with explain(f"config file {path} cannot be read, give the path of a .py file", OSError):
+    with explain(f"config file {path} cannot be read, give a .py file; or is it a value? --key=value", OSError):
         text = Path(path).read_bytes()
     with explain(f"config file {path}: write one `key = value` per line", Exception, SystemExit):
         tree = ast.parse(text, path)

@@ -319,7 +319,7 @@ def find_model(source, revision="main", patterns=("*.json", "*.safetensors")):
     """A directory as it is; anything else is a hub id, whose files that fit `patterns` are fetched."""
     if os.path.isdir(source):
         return source
-    with explain(f"model {source!r}: neither a directory nor to be had from the hub", Exception):
+    with explain(f"model {source!r}: no directory (is that stage trained?), nor to be had from the hub", Exception):
         return snapshot_download(source, revision=revision, allow_patterns=list(patterns))
 
 

@@ -289,7 +289,7 @@ def open_directory(run):
         changed = [f"{key} ({was.get(key)!r} -> {new!r})" for key, new in values.items() if was.get(key) != new]
         which = f"{run.out_dir} holds a run with another configuration: {', '.join(changed)}"
         require(not changed, f"{which}; choose another out_dir, or go on knowingly with --accept_changes")
-    run.print(*(f"{key} = {value!r}" for key, value in values.items()))
+    run.print(*(f"{key} = {value!r}" for key, value in asdict(run.cfg).items()))
     if run.is_main:
         run.out_dir.mkdir(parents=True, exist_ok=True)
         write_json(run.out_dir / "config.json", values)
@@ -298,8 +298,8 @@ def open_directory(run):
 def report(run, metrics, table, **details):
     """Log the last evaluation's metrics; write them, `details` and a table of rows to eval.json, and print it all."""
     run.log(metrics)
-    rows = {"": {**metrics, **details}, **table}.items()
-    run.print(*(f"{group:44} " + "  ".join(f"{name} {x:.4g}" for name, x in row.items()) for group, row in rows))
+    rows = {"evaluation": {**metrics, **details}, **table}.items()
+    run.print("", *(f"{group:44} " + "  ".join(f"{name} {x:.4g}" for name, x in row.items()) for group, row in rows))
     if run.is_main:
         write_json(run.out_dir / "eval.json", {**metrics, **details, "accuracy": table})
 

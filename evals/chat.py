@@ -88,8 +88,9 @@ def ask_all(judge, pairs, seed, cache, workers=8, timeout=60.0, retries=6):
             # to refuse a prompt is an answer, unless all are refused
             failed_in_a_row = 0 if reply is not None or (refused and n_known) else failed_in_a_row + 1
             gone = failed_in_a_row == (workers if n_known else min(workers, len(missing)))
-            why = f"{failed_in_a_row} requests in a row had no reply ({asker.trouble}); {n_known} replies are kept"
-            require(not gone, f"judge {judge}: {why}: mend that, and run the same command again")
+            why = f"judge {judge}: {failed_in_a_row} requests in a row had no reply ({asker.trouble})"
+            kept = f"{n_known} replies are {'lost (--out_dir keeps them)' if cache == ':memory:' else 'kept'}"
+            require(not gone, f"{why}; {kept}: mend that, and run the same command again")
     finally:
         pool.shutdown(cancel_futures=True)
         replies.close()

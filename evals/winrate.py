@@ -56,6 +56,7 @@ def read_pairs(samples):
     preferred, 0.0 if the other, None if there is no label), and prompt: (name, fields), a row for data.parse_row to
     which a text is added under that name.
     """
+    require(samples, "a judge needs samples; give --samples=a.jsonl, or a.jsonl,b.jsonl")
     paths = samples.split(",")
     require(len(paths) <= 2, f"samples {samples}: {len(paths)} files; give one, or two as a,b")
     tables = [read_rows(path) for path in paths]

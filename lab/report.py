@@ -10,11 +10,16 @@ update).
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from configurator import explain  # noqa: E402
+
 BETAS = {"0.0": "#d55e00", "0.1": "#0072b2", "0.3": "#009e73"}  # and their colours, which the colour-blind tell apart
 GREY, PROXY, GOLD = "#888888", "#cc79a7", "#e69f00"
 
@@ -296,7 +301,8 @@ ALL = {
 
 
 def read(path=ROOT / "lab" / "results.jsonl"):
-    with open(path, encoding="utf-8") as lines:
+    unreadable = f"{path} cannot be read; run `make lab` first, and give out/lab/results.jsonl"
+    with explain(unreadable, OSError, ValueError), open(path, encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 

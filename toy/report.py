@@ -48,6 +48,8 @@ def main(directory):
     print(line("reference", references, "-"))
     for name in rows:
         print(line(name.upper(), rows[name], f"{mean(rows[name], 'kl'):.2f}"))
+    print("gold: the score behind the labels, at most 4; wins: by gold, against the reference; reward: the model's;")
+    print("KL: to the SFT model, in nats per response; tokens: the mean length; EOS: the share of responses that end")
     print("\nsamples:", *samples.values(), sep="\n  ")
     for name in rows:
         print(f"\n{name.upper()}: {rows[name][0]['response']}", end="")
