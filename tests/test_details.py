@@ -936,9 +936,9 @@ def test_detail_17_calibration(reward, margins):
     sizes, promised = np.abs(margins), 1 / (1 + np.exp(-np.abs(margins)))
     assert np.abs(sizes * 2 - np.round(sizes * 2)).min() > 2 * FORWARD  # none at the edge of a bin
     bins = np.floor(sizes / 0.5) * 0.5
-    assert {float(key.split()[-1]) for key in table} == set(bins) and len(set(bins)) >= 3
+    assert {float(key.split()[1]) for key in table} == set(bins) and len(set(bins)) >= 3
     for key, row in table.items():
-        inside = bins == float(key.split()[-1])
+        inside = bins == float(key.split()[1])  # "margin 0.5 to 1.0"
         assert (row["accuracy"], row["n"]) == (pytest.approx(np.mean(margins[inside] > 0)), inside.sum())
         assert row["expected"] == pytest.approx(promised[inside].mean(), abs=FORWARD)
     overall = read_report(reward)["accuracy"]["all"]["expected"]
