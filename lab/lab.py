@@ -136,7 +136,7 @@ def policy(seed, name, argv, start="sft", patch=None):
     argv = [*models, *batch, f"--episodes={UPDATES * 64}", *argv]
     with every:
         train(ppo, name, seed, *argv, patch=patch)
-    metrics, samples = (read_jsonl(place(name, seed) / f"{which}.jsonl") for which in ("metrics", "samples"))
+    metrics, samples = (report.read(place(name, seed) / f"{which}.jsonl") for which in ("metrics", "samples"))
     columns = dict(kl="objective/kl", proxy="objective/scores", tokens="val/response_length", eos="val/eos_rate",
                    ratio="val/ratio", value_loss="loss/value_avg", perplexity="val/perplexity",
                    gap="val/generation_gap")  # fmt: skip
@@ -145,11 +145,6 @@ def policy(seed, name, argv, start="sft", patch=None):
     curves["gold"] = np.reshape(scores, (len(metrics), -1)).mean(1).tolist()
     texts = [(row["step"], row["response"], row["score"], true) for row, true in zip(samples, scores)]
     return curves | {"texts": texts[:: 64 * 10] + texts[-64:-63]}
-
-
-def read_jsonl(path):
-    with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 def best_of_n(seed):
@@ -252,7 +247,7 @@ def job(experiment, arm, seed):
 
 def run_all(experiments):
     """Run what has no row in RESULTS yet, as many at a time as there are cores; the base of a seed goes first."""
-    done = {(row["experiment"], row["arm"], row["seed"]) for row in read_jsonl(RESULTS)} if RESULTS.exists() else set()
+    done = {(row["experiment"], row["arm"], row["seed"]) for row in report.read(RESULTS)} if RESULTS.exists() else set()
     todo = [(name, arm, seed) for name in experiments for arm in EXPERIMENTS[name] for seed in SEEDS]
     todo = [key for key in todo if key not in done]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)

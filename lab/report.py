@@ -301,7 +301,7 @@ ALL = {
 
 
 def read(path=ROOT / "lab" / "results.jsonl"):
-    unreadable = f"{path} cannot be read; run `make lab` first, and give out/lab/results.jsonl"
+    unreadable = f"{path} cannot be read; `make lab` writes out/lab/results.jsonl"
     with explain(unreadable, OSError, ValueError), open(path, encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 

@@ -109,6 +109,10 @@ def results(tmp_path):
     return path
 
 
+def test_report_knows_the_mistakes_that_the_laboratory_makes():
+    assert set(report.MISTAKES) == set(lab.EXPERIMENTS["mistakes"])
+
+
 def test_report_writes_figures_and_replaces_its_tables_alone(results, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- data -->\nstale\n<!-- end -->\nafter\n<!-- other -->\nkept\n<!-- end -->\n")

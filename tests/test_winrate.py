@@ -388,7 +388,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *args):
-        pass
+        """Say nothing of requests on the terminal."""
 
 
 def number_of(prompt):
