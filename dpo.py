@@ -18,8 +18,8 @@ import torch.nn.functional as F
 import runtime
 from configurator import Positive, Share, configure, require
 from data import collate
-from evals.tables import accuracy_table
-from model import GPTNeoX, token_logprobs
+from evals.tables import accuracy_table, report
+from model import GPTNeoX
 
 
 @dataclass
@@ -64,7 +64,7 @@ def pair_logprobs(run, model, rows):
     """
     flat = [response for row in rows["responses"] for response in row]
     ids, select, targets, mask = collate([query for query in rows["query"] for _ in range(2)], flat, run.device)
-    logprobs = token_logprobs(model(ids, select), targets, n_vocab=run.tokenizer.n_vocab)  # (2 B, R)
+    logprobs = model.logprobs(ids, select, targets, 1.0, run.tokenizer.n_vocab)  # (2 B, R)
     return {"logprobs": (logprobs * mask).sum(1).view(-1, 2), "lengths": mask.sum(1).view(-1, 2)}
 
 
@@ -77,7 +77,7 @@ def update(run, cfg, model, rows, ref_logprobs):
     """Accumulate the gradient of the batch `rows` with ref_logprobs (batch, 2); returns the batch's metrics."""
     names = ("loss/dpo", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected")
     parts, n_tokens = [], sum(len(chosen) for chosen, _ in rows["responses"])
-    for index in run.share(rows["length"], cfg.micro_batch_size):
+    for index in run.accumulate(rows["length"], cfg.micro_batch_size):
         logprobs, lengths = pair_logprobs(run, model, rows[index]).values()  # (B, 2)
         pairs = (*logprobs.unbind(1), *ref_logprobs[index].unbind(1))
         losses, chosen, rejected = dpo_loss(*pairs, cfg.beta, cfg.loss_type, cfg.label_smoothing, lengths)
@@ -106,7 +106,7 @@ def main(cfg):
     if run.held_out:
         ratios = predict(run, cfg, model, run.held_out) - ref_held_out  # (n, 2)
         table = accuracy_table(run.held_out, cfg.beta * (ratios[:, 0] - ratios[:, 1]))
-        runtime.report(run, {"eval/accuracy": table["all"]["accuracy"]} if table else {}, table)
+        report(run, {"eval/accuracy": table["all"]["accuracy"]} if table else {}, table)
     runtime.export(run, model)
 
 

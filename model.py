@@ -36,6 +36,9 @@ BUFFERS = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotar
 # what config.json may say of what is not a choice here
 FIXED = dict(model_type="gpt_neox", hidden_act="gelu", attention_bias=True, tie_word_embeddings=False)
 
+PREFILL_ROWS = 4  # queries that generation reads at a time
+AT_A_TIME = {"cpu": 2**20}  # logits that a loss looks at, at a time: what fits the cache; elsewhere more
+
 
 @dataclass
 class GPTNeoXConfig:
@@ -83,53 +86,89 @@ class GPTNeoXConfig:
 
 
 class KVCache:
-    """Keys and values of one batch of right-padded queries and of the response tokens behind them.
+    """Keys and values of a batch of right-padded queries (B, Q) and of the response tokens behind them.
 
     Column c < Q holds query token c, column Q + t response token t, in every row. A short row's pad columns
-    are never attended to: `mask` (B, capacity) is True where a column counts. A response token's *position*
+    are never attended to: `mask` (B, columns) is True where a column counts. A response token's *position*
     is its row's own (query length + t), so the gap in the columns leaves no gap in RoPE.
+
+    No shape changes from token to token, and what does change are tensors: a decoding step can be captured.
     """
 
-    def __init__(self, query_lens, width, capacity):
-        columns = torch.arange(capacity, device=query_lens.device)
-        self.mask = (columns < query_lens[:, None]) | (columns >= width)  # (B, capacity)
-        self.query_lens, self.width, self.capacity, self.end = query_lens, width, capacity, 0
-        self.layers = {}  # layer -> keys, values (B, H, capacity, E), made at the layer's first tokens
+    def __init__(self, query_lens, width, n_columns):
+        self.columns = columns = torch.arange(n_columns, device=query_lens.device)
+        self.layers = {}  # layer -> keys and values (2, B, H, columns, E), made at the layer's first tokens
+        self.mask, self.query_lens, self.width = columns < query_lens[:, None], query_lens, width
+        self.last = columns[:1] + width - 1  # (1,): the last column that is written
 
-    def append(self, layer, k, v):
-        """Store k, v (B, H, T, E) of the tokens now fed; return all that are stored, and their mask."""
-        if layer not in self.layers:
-            self.layers[layer] = k.new_empty(2, *k.shape[:2], self.capacity, k.shape[3])
-        end = self.end + k.shape[2]
-        keys, values = self.layers[layer][:, :, :, :end]
-        keys[:, :, self.end :], values[:, :, self.end :] = k, v
-        return keys, values, self.mask[:, None, None, :end]
+    def prefill(self, rows, length):
+        """The next pass is over the first `length` columns of the queries `rows`; it attends to itself, causally."""
+        self.rows, self.positions = rows, self.columns[:length]
+        return self
+
+    def decode(self):
+        """The next pass is over one token of every row."""
+        self.last += 1
+        self.mask.index_fill_(1, self.last, True)
+        self.rows, self.positions = None, (self.query_lens + self.last - self.width)[:, None, None]  # (B, 1, T = 1)
+        return self
+
+    def update(self, layer, k, v):
+        """Store k, v (B, H, T, E) of the tokens now fed; return the keys, values and mask to attend to."""
+        if layer not in self.layers:  # zeros, for what is masked must be finite
+            n_rows, n_columns = self.mask.shape
+            self.layers[layer] = k.new_zeros(2, n_rows, k.shape[1], n_columns, k.shape[3])
+        keys, values = self.layers[layer]
+        if self.rows is not None:
+            keys[self.rows, :, : k.shape[2]], values[self.rows, :, : k.shape[2]] = k, v
+            return k, v, None
+        return keys.index_copy_(2, self.last, k), values.index_copy_(2, self.last, v), self.mask[:, None, None]
+
+
+class Linear(nn.Linear):
+    """nn.Linear. In float32 on a CPU, without gradients, oneDNN does it: for few rows MKL takes up to twice as long."""
+
+    def forward(self, x):
+        if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return super().forward(x)
 
 
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.n_heads = layer, config.num_attention_heads
-        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query_key_value = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x, cos, sin, cache):
+    def forward(self, x, cos, sin, cache, select):
         B, T, D = x.shape
         # q, k and v of one head lie side by side, head after head
-        qkv = self.query_key_value(x).view(B, T, self.n_heads, 3, D // self.n_heads)
-        q, k, v = qkv.permute(3, 0, 2, 1, 4)  # (B, H, T, E) each
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mask = None
-        if cache is not None:
-            keys, values, seen = cache.append(self.layer, k, v)
-            if cache.end > 0:  # decoding; the prefill attends to itself alone, causally
-                k, v, mask = keys, values, seen
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.dense(y.transpose(1, 2).reshape(B, T, D))
+        qkv = self.query_key_value(x).view(B, T, self.n_heads, 3, D // self.n_heads).permute(3, 0, 2, 1, 4)
+        (q, k), v = rotate(qkv[:2], cos, sin), qkv[2]  # (B, H, T, E) each
+        k, v, mask = (k, v, None) if cache is None else cache.update(self.layer, k, v)
+        if select is not None:  # causal, as seen from these positions
+            q = take(q, select[:, None])
+            mask = torch.arange(T, device=x.device) <= select[:, None, :, None]  # (B, 1, R, T)
+        return self.dense(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+def attend(q, k, v, mask):
+    """Attention of q (B, H, R, E) to k, v (B, H, T, E) where `mask` (B, 1, R or 1, T) is True; None: causal, R = T."""
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # there two products take a third of SDPA's time
+        mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril() if mask is None else mask
+        scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
+        return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+
+def take(x, index):
+    """The vectors of x (.., T, E) at `index` (.., R): (.., R, E)."""
+    return x.gather(-2, index[..., None].expand(*x.shape[:-2], -1, x.shape[-1]))
 
 
 def rotate(x, cos, sin):
-    """RoPE on the first `rot` of E dims (arXiv:2104.09864, NeoX half style): x (B, H, T, E); cos, sin (.., T, rot)."""
+    """RoPE on the first `rot` of E dims (arXiv:2104.09864, NeoX half style): x (.., T, E); cos, sin (.., T, rot)."""
     rot = cos.shape[-1]
     head, rest = x[..., :rot], x[..., rot:]
     a, b = head.chunk(2, dim=-1)
@@ -139,8 +178,8 @@ def rotate(x, cos, sin):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dense_h_to_4h = Linear(config.hidden_size, config.intermediate_size)
+        self.dense_4h_to_h = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x)))  # the exact (erf) GELU
@@ -155,8 +194,9 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, h, cos, sin, cache=None):
-        attended = self.attention(self.input_layernorm(h), cos, sin, cache)
+    def forward(self, h, cos, sin, cache=None, select=None):
+        attended = self.attention(self.input_layernorm(h), cos, sin, cache, select)
+        h = h if select is None else take(h, select)
         # in parallel, both branches read the same h
         return h + attended + self.mlp(self.post_attention_layernorm(h if self.parallel else h + attended))
 
@@ -173,24 +213,20 @@ class Body(nn.Module):
         self.checkpointing = False  # keep only the blocks' inputs for the backward pass, and compute the rest again
 
     def forward(self, ids, select=None, cache=None):
-        length, limit = ids.shape[1] if cache is None else cache.capacity, self.config.max_position_embeddings
+        length, limit = ids.shape[1] if cache is None else cache.mask.shape[1], self.config.max_position_embeddings
         require(length <= limit, f"a sequence of {length} tokens is longer than the model's {limit}; shorten the rows")
         h = self.embed_in(ids)
-        if cache is not None and cache.end > 0:
-            positions = (cache.query_lens + cache.end - cache.width)[:, None, None]  # (B, 1, T = 1)
-        else:
-            positions = torch.arange(ids.shape[1], device=ids.device)  # (T,), the same for all rows
+        positions = torch.arange(ids.shape[1], device=ids.device) if cache is None else cache.positions  # (.., T)
         cos, sin = self.rope(positions, h.dtype)
+        # if few positions are asked for, the last block need not compute the others' attention and MLP
+        few = select if select is not None and 2 * select.shape[1] < ids.shape[1] else None
         for layer in self.layers:
+            inputs = (h, cos, sin, cache, few if layer is self.layers[-1] else None)
             if self.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(layer, h, cos, sin, use_reentrant=False, preserve_rng_state=False)
+                h = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                h = layer(h, cos, sin, cache)
-        if cache is not None:
-            cache.end += ids.shape[1]
-        if select is not None:
-            h = h.gather(1, select[..., None].expand(-1, -1, h.shape[-1]))
-        return self.final_layer_norm(h)
+                h = layer(*inputs)
+        return self.final_layer_norm(h if select is few else take(h, select))
 
     def rope(self, positions, dtype):
         """Positions (..., T) -> cos, sin (..., T, rot), computed in float32 and then cast."""
@@ -243,14 +279,28 @@ class GPTNeoX(Pretrained):
 
     architecture = "GPTNeoXForCausalLM"
     float32_modules = ()
+    logits_chunk = 0  # positions whose logits are there at a time, and are computed again in the backward pass; 0: all
 
     def __init__(self, config):
         super().__init__(config)
-        self.embed_out = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.embed_out = Linear(config.hidden_size, config.vocab_size, bias=False)
         init_weights(self)
 
     def forward(self, ids, select=None, cache=None):
         return self.embed_out(self.gpt_neox(ids, select, cache))
+
+    def logprobs(self, ids, select, targets, *options):
+        """`token_logprobs` (B, R) of `targets` (B, R) at the positions `select` (B, R); options go there."""
+
+        def head(h, targets):
+            return token_logprobs(self.embed_out(h), targets, *options)
+
+        h = self.gpt_neox(ids, select)
+        if not self.logits_chunk:
+            return head(h, targets)
+        pieces = zip(h.split(self.logits_chunk, 1), targets.split(self.logits_chunk, 1))
+        pieces = [checkpoint(head, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+        return torch.cat(pieces, -1)
 
 
 class ScalarHead(nn.Linear):
@@ -396,15 +446,56 @@ def write_json(path, values):
 # ---------------------------------------------------------------------------- probabilities and generation
 
 
-def token_logprobs(logits, tokens, temperature=1.0, n_vocab=None):
+class TokenLogprobs(torch.autograd.Function):
+    """See `token_logprobs`; logits (N, V), tokens (N,). It takes a few rows at a time, in float32: what stands between
+    logits and result stays in the cache, and the backward pass turns the logits into their gradient, in place.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, tokens, temperature, n_vocab, with_entropy):
+        logprobs, entropy, logsumexp = torch.zeros(3, len(tokens), device=tokens.device)
+        for i, scores in few_rows(logits, temperature, n_vocab):
+            logsumexp[i] = scores.logsumexp(-1)
+            logprobs[i] = scores.gather(-1, tokens[i, None])[:, 0] - logsumexp[i]
+            if with_entropy:
+                entropy[i] = logsumexp[i] - (scores * (scores - logsumexp[i, None]).exp_()).sum(-1)
+        ctx.save_for_backward(logits, tokens, logsumexp, entropy)
+        ctx.options = temperature, n_vocab, with_entropy
+        return torch.stack((logprobs, entropy))
+
+    @staticmethod
+    def backward(ctx, grads):
+        (logits, tokens, logsumexp, entropy), (temperature, n_vocab, with_entropy) = ctx.saved_tensors, ctx.options
+        for i, scores in few_rows(logits, temperature, n_vocab):
+            log_p, (grad, grad_entropy) = scores - logsumexp[i, None], grads[:, i, None]
+            weight = -grad  # d log p(token) / d score = 1 if it is that token - p
+            if with_entropy:  # d entropy / d score = -p (log p + entropy)
+                weight = weight - grad_entropy * (log_p + entropy[i, None])
+            logits[i, :n_vocab] = log_p.exp_().mul_(weight).scatter_add_(1, tokens[i, None], grad).div_(temperature)
+            logits[i, n_vocab:] = 0
+        return logits, None, None, None, None
+
+
+def few_rows(logits, temperature, n_vocab):
+    """A few rows of logits (N, V) at a time: their slice, and logits / temperature in float32."""
+    n = 1 + AT_A_TIME.get(logits.device.type, 2**24) // logits.shape[1]
+    for rows in (slice(start, start + n) for start in range(0, len(logits), n)):
+        scores = logits[rows, :n_vocab].float()
+        yield rows, scores if temperature == 1 else scores / temperature
+
+
+def token_logprobs(logits, tokens, temperature=1.0, n_vocab=None, with_entropy=False):
     """Log-probabilities (B, R) in float32 of `tokens` (B, R) under softmax(logits (B, R, V) / temperature).
 
     n_vocab: the ids from there on are padding rows of the vocabulary that no text uses, and have no probability.
+    with_entropy: return (2, B, R), with the entropy of that distribution in nats as the second.
+    The backward pass uses the logits up: another use of them raises an error there.
     """
-    logits = logits[..., :n_vocab].float()
-    if temperature != 1:
-        logits = logits / temperature
-    return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
+    if logits.is_leaf and logits.requires_grad:
+        logits = logits.clone()  # what no model has made is not ours to use up
+    options = temperature, n_vocab or logits.shape[-1], with_entropy
+    both = TokenLogprobs.apply(logits.flatten(0, -2), tokens.flatten(), *options).view(2, *tokens.shape)
+    return both if with_entropy else both[0]
 
 
 def sample_token(logits, temperature, uniforms, n_vocab=None):
@@ -412,17 +503,19 @@ def sample_token(logits, temperature, uniforms, n_vocab=None):
 
     Returns tokens (B,) and their log-probabilities (B,) at that temperature (at 1 if it is 0).
     """
-    logits = logits[:, :n_vocab].float()
+    probs = F.softmax(logits[:, :n_vocab].float() / (temperature or 1.0), dim=-1)  # (B, V)
     if temperature == 0:
-        tokens = logits.argmax(-1)
-        return tokens, token_logprobs(logits, tokens)
-    cdf = F.softmax(logits / temperature, dim=-1).cumsum(-1)  # (B, V)
-    # up to rounding the CDF ends at 1: scaling by its end keeps every draw inside it. `right` skips ids that
-    # have no probability at all.
-    tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
-    return tokens, token_logprobs(logits, tokens, temperature)
+        tokens = logits[:, :n_vocab].argmax(-1)
+    else:
+        cdf = probs.cumsum(-1)
+        # up to rounding the CDF ends at 1: scaling by its end keeps every draw inside it. `right` skips ids that
+        # have no probability at all.
+        ends = (uniforms * cdf[:, -1])[:, None]
+        tokens = torch.searchsorted(cdf, ends, right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
+    return tokens, probs.gather(1, tokens[:, None])[:, 0].log()
 
 
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def generate(model, queries, query_lens, max_new_tokens, temperature, uniforms=None, eos_id=None, n_vocab=None,
              return_logprobs=False, all_done=torch.all):  # fmt: skip
@@ -434,23 +527,28 @@ def generate(model, queries, query_lens, max_new_tokens, temperature, uniforms=N
     return_logprobs: also return the log-probabilities (B, R) of the tokens as they were drawn (0 after EOS).
     all_done:        a function of done (B,) that ends the loop, if not every row alone is to decide it.
     """
-    width = int(query_lens.max())
     fits = temperature >= 0 and (temperature == 0 or uniforms is not None) and int(query_lens.min()) > 0
     require(fits, "generate: temperature must not be negative; sampling needs uniforms; no query may be empty")
+    order = query_lens.argsort(descending=True)
+    width, wait = int(query_lens[order[0]]), 16 if queries.is_cuda else 1  # asking a GPU whether all are done stops it
     is_query = torch.arange(width, device=queries.device) < query_lens[:, None]  # (B, width)
     queries = queries[:, :width].where(is_query, 0)  # a pad id need not be an id of the model
     responses = queries.new_full((len(queries), max_new_tokens), eos_id or 0)
     logprobs = torch.zeros(responses.shape, device=queries.device)
     done = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
     cache = KVCache(query_lens, width, width + max_new_tokens)
+    # the longest queries first, a few at a time, each cut to the longest of its few
+    few = [(rows, int(query_lens[rows[0]])) for rows in order.split(PREFILL_ROWS)]
+    logits = [model(queries[rows, :n], query_lens[rows, None] - 1, cache.prefill(rows, n)) for rows, n in few]
+    logits = torch.cat(logits)[order.argsort()]  # (B, 1, V)
     for t in range(max_new_tokens):
-        ids, select = (responses[:, t - 1 : t], None) if t else (queries, query_lens[:, None] - 1)  # decode, or prefill
-        logits = model(ids, select, cache)
+        if t:
+            logits = model(responses[:, t - 1 : t], None, cache.decode())
         tokens, logprob = sample_token(logits[:, 0], temperature, None if uniforms is None else uniforms[:, t], n_vocab)
         if eos_id is not None:
             tokens, logprob = tokens.where(~done, eos_id), logprob.where(~done, 0.0)
             done |= tokens == eos_id
         responses[:, t], logprobs[:, t] = tokens, logprob
-        if all_done(done):
+        if (t + 1) % wait == 0 and all_done(done):
             break
     return (responses, logprobs) if return_logprobs else responses

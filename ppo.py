@@ -51,7 +51,8 @@ import torch.nn.functional as F
 import runtime
 from configurator import Count, Positive, Signed, configure, require
 from data import batch_rows, collate, last_scalars, uniforms
-from model import GPTNeoX, ScalarModel, token_logprobs
+from evals.tables import rollout_metrics
+from model import GPTNeoX, ScalarModel
 
 
 @dataclass
@@ -203,21 +204,14 @@ class AdaptiveKLController:
 # ---------------------------------------------------------------------------- the rollout
 
 
-def entropy(logits, temperature, n_vocab):
-    """Entropy (B, R) in nats of the distribution that is sampled from, of logits (B, R, V)."""
-    logprobs = F.log_softmax(logits[..., :n_vocab].float() / temperature, dim=-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
-
-
 def forward(run, cfg, model, queries, batch, index, with_entropy=False):
     """A policy's pass over the rows `index`, each cut one token behind EOS, for that is all that counts.
 
     Returns ids (B, T) and select (B, R'), for the other models' passes; logprobs (B, R'); entropy (B, R') or None.
     """
     ids, select, targets, _ = collate([queries[i] for i in index], cut(batch, index, more=2), run.device)
-    logits, n_vocab = model(ids, select), run.tokenizer.n_vocab
-    logprobs = token_logprobs(logits, targets, cfg.temperature, n_vocab)
-    return ids, select, logprobs, entropy(logits, cfg.temperature, n_vocab) if with_entropy else None
+    logprobs = model.logprobs(ids, select, targets, cfg.temperature, run.tokenizer.n_vocab, with_entropy)
+    return ids, select, *(logprobs if with_entropy else (logprobs, None))
 
 
 def rollout(run, cfg, policy, reference, critic, score, queries, step):
@@ -272,28 +266,6 @@ def prepare(cfg, batch, kl_coef, state=None):
     return batch | new | dict(returns=returns, advantages=advantages)
 
 
-def rollout_metrics(batch, kl_coef):
-    """What the samples say, before any update; sums are per sequence, in nats."""
-    mask, tokens, scores = batch["mask"], batch["mask"].sum().item(), batch["scores"].mean().item()
-    kl = batch["kl"].sum(1).mean().item()
-    metrics = {
-        "objective/kl": kl,
-        "objective/kl_coef": kl_coef,
-        "objective/entropy": -(batch["logprobs"] * mask).sum(1).mean().item(),
-        "objective/non_score_reward": -kl_coef * kl,
-        "objective/rlhf_reward": scores - kl_coef * kl,
-        "objective/scores": scores,
-        "policy/entropy_avg": (batch["entropy"] * mask).sum().item() / tokens,
-        "val/num_eos_tokens": batch["has_eos"].sum().item(),
-        "val/eos_rate": batch["has_eos"].float().mean().item(),
-        "val/response_length": tokens / len(mask),
-        "val/generation_gap": ((batch["sampled_logprobs"] - batch["logprobs"]).abs() * mask).sum().item() / tokens,
-    }
-    for name, column in (("val/perplexity", "logprobs"), ("val/ref_perplexity", "ref_logprobs")):
-        metrics[name] = ((batch[column] * mask).sum() / -tokens).exp().item()
-    return metrics
-
-
 # ---------------------------------------------------------------------------- the update
 
 
@@ -330,10 +302,10 @@ def ptx_update(run, cfg, policy, rows):
     (PPO-ptx: arXiv:2203.02155 eq. 2)
     """
     n_tokens, parts = sum(len(row[0]) for row in rows["responses"]), []
-    for index in run.share(rows["length"], cfg.micro_batch_size):
+    for index in run.accumulate(rows["length"], cfg.micro_batch_size):
         micro = rows[index]
         ids, select, targets, mask = collate(micro["query"], [row[0] for row in micro["responses"]], run.device)
-        loss = -(token_logprobs(policy(ids, select), targets) * mask).sum() / n_tokens
+        loss = -(policy.logprobs(ids, select, targets) * mask).sum() / n_tokens
         runtime.backward(run, cfg.ptx_coef * loss)
         parts.append({"loss/ptx_avg": loss})
     return run.sum(parts)
@@ -349,7 +321,7 @@ def ppo_update(run, cfg, policy, critic, queries, batch, ptx_rows=None):
         order = np.random.default_rng((cfg.seed, run.step, epoch)).permutation(len(queries))
         for number, minibatch in enumerate(np.split(order, cfg.n_minibatches)):
             n_actions, n_values = batch["mask"][minibatch].sum(), batch["mask_p1"][minibatch].sum()
-            for index in run.share(batch["length"][minibatch].tolist(), cfg.micro_batch_size):
+            for index in run.accumulate(batch["length"][minibatch].tolist(), cfg.micro_batch_size):
                 rows = minibatch[index]
                 with torch.set_grad_enabled(learns):
                     ids, select, new_logprobs, spread = forward(run, cfg, policy, queries, batch, rows, bonus)

@@ -18,12 +18,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import runtime
 from configurator import Share, configure
 from data import last_scalars
-from evals.tables import accuracy_table, eos_rewards
+from evals.tables import accuracy_table, eos_rewards, report
 from model import ScalarModel
 
 
@@ -70,7 +69,7 @@ def forward(cfg, model, rows, device):
     counts = [len(row) for row in rows["responses"]]
     flat = [(query, response) for query, row in zip(rows["query"], rows["responses"]) for response in row]
     rewards = last_scalars([model], device, *zip(*flat)).split(counts)
-    rewards = nn.utils.rnn.pad_sequence(rewards, batch_first=True)  # (B, K), 0 where a row has fewer
+    rewards = torch.nn.utils.rnn.pad_sequence(rewards, batch_first=True)  # (B, K), 0 where a row has fewer
     counts, target = torch.tensor(counts, device=device), torch.tensor(rows["target"], device=device)
     target = target.clamp(0.5 - cfg.target_clamp, 0.5 + cfg.target_clamp)
     loss = ranking_loss(rewards, target[:, None], counts, cfg.label_noise)
@@ -80,7 +79,7 @@ def forward(cfg, model, rows, device):
 def update(run, cfg, model, rows):
     """Accumulate the gradient of the batch `rows`; returns its loss, accuracy and mean margin (best against worst)."""
     parts = []
-    for index in run.share(rows["length"], cfg.micro_batch_size):
+    for index in run.accumulate(rows["length"], cfg.micro_batch_size):
         out = forward(cfg, model, rows[index], run.device)
         loss, right, margin = (x.sum() / cfg.batch_size for x in (out["loss"], out["margin"] > 0, out["margin"]))
         runtime.backward(run, loss, index)
@@ -130,7 +129,7 @@ def main(cfg):
         accuracy = {"eval/accuracy": table["all"]["accuracy"]} if table else {}  # {}: all are ties
         metrics |= {**accuracy, "eval/loss": out["loss"].mean().item()}
         details |= eos_rewards(run, cfg, model, run.held_out.select(range(min(1024, len(run.held_out)))))
-    runtime.report(run, metrics, table, **details)
+    report(run, metrics, table, **details)
     runtime.export(run, model)
 
 

@@ -5,6 +5,7 @@ All randomness is a pure function of (seed, step, row), so there is no generator
 """
 
 import contextlib
+import ctypes
 import fcntl
 import functools
 import gc
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed import fsdp
 from tqdm import tqdm
 
 from configurator import Count, Share, UserError, check, explain, require
@@ -32,6 +33,7 @@ from data import Tokenizer, batch_rows, load_rows, pad_right
 from model import GPTNeoXConfig, find_model, full, generate, init_weights, load_weights, read_json, write_json
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
+MALLOC = {-4: 0, -1: 2**31 - 1, -2: 2**26}  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -46,6 +48,7 @@ class RunConfig:
     max_query_tokens: Count = 512  # longer posts are cut (detail 2.2)
     shard_size: int = 0  # processes that share one copy of a model, a node's for example; 0: all
     offload: Literal["none", "frozen", "all"] = "none"  # to CPU memory: frozen models; or trained ones and Adam's too
+    compile: bool = False  # torch.compile of each block, once for all lengths; generation goes without
     rollout_gather: bool = True  # sample with a model's parameters whole on each process; False: block by block
     accept_changes: bool = False  # go on in an out_dir that holds a run with another configuration
 
@@ -74,6 +77,8 @@ class TrainConfig(RunConfig):
     weight_decay: float = 0.01  # decoupled, on all parameters
     max_grad_norm: float = 0.0  # clip the gradient's global norm; 0: do not clip
     on_nonfinite: Literal["stop", "skip"] = "stop"  # what to do when a loss or the gradient is not finite
+    train_gather: bool = False  # keep parameters and gradients whole on each process until an update's last micro-batch
+    logits_chunk: int = 0  # positions whose logits are there at a time, computed again in the backward pass; 0: all
     activation_checkpointing: bool = False  # compute a block's activations again in the backward pass
     save_every: int = 0  # updates between resumable checkpoints; 0: none but that of a run stopped by a signal
     keep_checkpoints: Count = 2  # how many of them to keep: the last ones
@@ -131,6 +136,10 @@ class Run:
         self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
         if kind == "cuda":
             torch.cuda.set_device(self.device)
+        elif "MALLOC_" not in " ".join(os.environ):  # glibc: keep what is freed; else large tensors come page by page
+            with contextlib.suppress(OSError, AttributeError):  # other C libraries have no mallopt
+                for option in MALLOC.items():
+                    ctypes.CDLL(None).mallopt(*option)
         if not dist.is_initialized():
             # gloo beside nccl: for what is offloaded to the CPU
             backend, device = ("cpu:gloo,cuda:nccl", self.device) if kind == "cuda" else ("gloo", None)
@@ -156,6 +165,13 @@ class Run:
         order = np.resize(order, math.ceil(len(order) / self.size) * self.size)
         mine = order[self.rank :: self.size]
         return [mine[start : start + micro_batch_size] for start in range(0, len(mine), micro_batch_size)]
+
+    def accumulate(self, lengths, micro_batch_size):
+        """`share`, for passes that train: with cfg.train_gather parameters and gradients stay whole until the last."""
+        micro_batches = self.share(lengths, micro_batch_size)
+        for number, index in enumerate(micro_batches, 1):
+            keep_whole(self.models.values(), self.cfg.train_gather and number < len(micro_batches))
+            yield index
 
     @torch.no_grad()
     def map_rows(self, function, lengths, micro_batch_size):
@@ -295,15 +311,6 @@ def open_directory(run):
         write_json(run.out_dir / "config.json", values)
 
 
-def report(run, metrics, table, **details):
-    """Log the last evaluation's metrics; write them, `details` and a table of rows to eval.json, and print it all."""
-    run.log(metrics)
-    rows = {"evaluation": {**metrics, **details}, **table}.items()
-    run.print("", *(f"{group:44} " + "  ".join(f"{name} {x:.4g}" for name, x in row.items()) for group, row in rows))
-    if run.is_main:
-        write_json(run.out_dir / "eval.json", {**metrics, **details, "accuracy": table})
-
-
 def write_jsonl(path, rows, mode="w"):
     with open(path, mode, encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -326,9 +333,12 @@ def load_model(run, cls, source, trainable=False, scratch=False, new_head=False)
     size, n_vocab = model.config.vocab_size, run.tokenizer.n_vocab
     require(size >= n_vocab, f"{directory}: vocab_size {size} is less than the tokenizer's {n_vocab}; use its own")
     offload = run.cfg.offload == "all" or (run.cfg.offload == "frozen" and not trainable)
+    for layer in model.gpt_neox.layers if run.cfg.compile else ():
+        layer.forward = torch.compile(layer.forward, dynamic=True)
     shard(model, run, torch.float32 if trainable else run.dtype, offload)
     model.to_empty(device="cpu" if offload else run.device)
     model.gpt_neox.checkpointing = trainable and run.cfg.activation_checkpointing
+    model.logits_chunk = trainable and run.cfg.logits_chunk
     if scratch or new_head:
         init_weights(model, run.cfg.seed, only="score" if new_head else "")
     if not scratch:
@@ -343,12 +353,25 @@ def shard(model, run, master_dtype, offload=False):
     offload: the shards live in CPU memory, gradients and the optimizer's state with them.
     """
     model.to(master_dtype)
-    where = CPUOffloadPolicy(pin_memory=run.device.type == "cuda") if offload else OffloadPolicy()
+    if run.size == 1 and run.dtype == torch.float32 and not offload:
+        return  # nothing to share, to cast or to move
+    where = fsdp.CPUOffloadPolicy(pin_memory=run.device.type == "cuda") if offload else fsdp.OffloadPolicy()
     exact = [model.get_submodule(name).float() for name in model.float32_modules]
     for module in [*exact, *model.gpt_neox.layers, model]:
         dtypes = dict(param_dtype=torch.float32 if module in exact else run.dtype, reduce_dtype=torch.float32)
-        policies = dict(mp_policy=MixedPrecisionPolicy(**dtypes), offload_policy=where)
-        fully_shard(module, mesh=run.mesh, reshard_after_forward=True, **policies)
+        policies = dict(mp_policy=fsdp.MixedPrecisionPolicy(**dtypes), offload_policy=where)
+        fsdp.fully_shard(module, mesh=run.mesh, reshard_after_forward=True, **policies)
+    if hasattr(model, "logprobs"):
+        fsdp.register_fsdp_forward_method(model, "logprobs")
+
+
+def keep_whole(models, yes):
+    """Whether the next passes leave parameters and gradients of sharded models whole on each process."""
+    for model in models:
+        if isinstance(model, fsdp.FSDPModule):
+            model.set_requires_gradient_sync(not yes)
+            model.set_reshard_after_forward(not yes)
+            model.set_reshard_after_backward(not yes)
 
 
 def generate_rows(run, model, queries, draws, temperature, stop, micro_batch_size):
@@ -367,9 +390,9 @@ def generate_rows(run, model, queries, draws, temperature, stop, micro_batch_siz
         out = generate(model, ids, lengths, R, temperature, draw, stop, n_vocab, return_logprobs=True, all_done=ends)
         return dict(zip(("responses", "logprobs"), out))
 
-    model.set_reshard_after_forward(not run.cfg.rollout_gather)
+    keep_whole([model], run.cfg.rollout_gather)
     rows = run.map_rows(sample, [len(query) for query in queries], micro_batch_size)
-    model.set_reshard_after_forward(True)  # the next forward pass shards them again
+    keep_whole([model], False)  # the next forward pass shards them again
     return rows["responses"], rows["logprobs"]
 
 
@@ -382,10 +405,11 @@ def make_optimizer(cfg, models, lrs):
     """
     trained = {name: model for name, model in models.items() if next(model.parameters()).requires_grad}
     groups = [dict(params=model.parameters(), initial_lr=lrs.get(name) or cfg.lr) for name, model in trained.items()]
-    optimizer = torch.optim.AdamW(groups, cfg.lr, (cfg.adam_beta1, cfg.adam_beta2), cfg.adam_eps, cfg.weight_decay)
+    optimizer = torch.optim.AdamW(groups, cfg.lr, (cfg.adam_beta1, cfg.adam_beta2), cfg.adam_eps, cfg.weight_decay,
+                                  fused=True)  # fmt: skip
     for parameter in nn.ModuleDict(trained).parameters():
         zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
     return optimizer
 
 

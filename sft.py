@@ -17,7 +17,7 @@ from typing import Literal
 import runtime
 from configurator import Count, configure
 from data import collate
-from model import GPTNeoX, token_logprobs
+from model import GPTNeoX
 
 
 @dataclass
@@ -53,9 +53,9 @@ def update(run, cfg, model, rows):
     """Accumulate the gradient of the batch `rows`; returns the batch's loss."""
     n_tokens = sum(n - 1 if cfg.loss_on == "all" else len(r[0]) for n, r in zip(rows["length"], rows["responses"]))
     parts = []
-    for index in run.share(rows["length"], cfg.micro_batch_size):
+    for index in run.accumulate(rows["length"], cfg.micro_batch_size):
         ids, select, targets, mask = model_inputs(rows[index], cfg.loss_on, run.device)
-        logprobs = token_logprobs(model(ids, select), targets)  # (B, R)
+        logprobs = model.logprobs(ids, select, targets)  # (B, R)
         loss = -(logprobs * loss_weights(mask, cfg.reduction, cfg.batch_size, n_tokens)).sum()
         runtime.backward(run, loss, index)
         parts.append({"loss/sft": loss})
@@ -67,7 +67,7 @@ def evaluate(run, cfg, model, rows):
 
     def nll(index):
         ids, select, targets, mask = model_inputs(rows[index], cfg.loss_on, run.device)
-        return {"nll": -(token_logprobs(model(ids, select), targets) * mask).sum(1), "tokens": mask.sum(1)}
+        return {"nll": -(model.logprobs(ids, select, targets) * mask).sum(1), "tokens": mask.sum(1)}
 
     nll, tokens = run.map_rows(nll, rows["length"], cfg.micro_batch_size).values()
     return {"eval/loss": (nll.sum() / tokens.sum() if cfg.reduction == "token" else (nll / tokens).mean()).item()}

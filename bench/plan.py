@@ -40,7 +40,7 @@ import rm  # noqa: E402
 import sft  # noqa: E402
 from configurator import configure, require  # noqa: E402
 from data import Tokenizer  # noqa: E402
-from model import GPTNeoX, GPTNeoXConfig, KVCache, ScalarModel, sample_token, token_logprobs  # noqa: E402
+from model import GPTNeoX, GPTNeoXConfig, KVCache, ScalarModel, sample_token  # noqa: E402
 
 STAGES = dict(sft=sft, rm=rm, ppo=ppo, dpo=dpo)
 # hidden size, layers, heads, vocabulary (the hub's config.json)
@@ -86,30 +86,26 @@ class Peak(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def flash_attention():
-    """Meta tensors would take the path that writes the T x T matrix; GPUs (and CPUs) have one that does not."""
+def as_on(device):
+    """Meta tensors take no device's paths. Attention: GPUs do not write the T x T matrix, nor do CPUs in float32."""
     plain = nplus.F.scaled_dot_product_attention
 
     def attention(q, k, v, attn_mask=None, is_causal=False):
-        if attn_mask is not None:
-            return plain(q, k, v, attn_mask=attn_mask)
+        if attn_mask is not None or (device == "cpu" and q.dtype == torch.bfloat16):
+            return (q @ k.transpose(2, 3)).masked_fill(torch.ones((), device="meta") < 0, 0).softmax(-1) @ v
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)[0]
 
     nplus.F.scaled_dot_product_attention = attention
+    nplus.AT_A_TIME["meta"] = nplus.AT_A_TIME.get(device, 2**24)
     yield
     nplus.F.scaled_dot_product_attention = plain
 
 
-def peak_of(function):
-    with flash_attention(), Peak() as peak:
-        function()
-    return peak.most
-
-
-def meta(cls, shape, dtype, checkpointing=False):
+def meta(cls, shape, dtype, cfg=None):
     with torch.device("meta"):
         model = cls(shape).to(dtype)
-    model.gpt_neox.checkpointing = checkpointing
+    if cfg:
+        model.gpt_neox.checkpointing, model.logits_chunk = cfg.activation_checkpointing, cfg.logits_chunk
     for parameter in model.parameters():  # FSDP shards a gradient as soon as it is there: counted in `gathered`
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     return model
@@ -138,7 +134,14 @@ class Plan:
         self.size, self.shards = dtype.itemsize, cfg.shard_size or processes
         self.shape, self.always, self.phases = shape_of(cfg.model), {}, {}
         self.n_vocab = n_vocab or self.shape.vocab_size
+        # one process, in float32: nothing is gathered, nor reduced
+        self.plain = processes == 1 and dtype == torch.float32 and cfg.offload == "none"
         getattr(self, stage)()
+
+    def peak_of(self, function):
+        with as_on("cpu" if self.on_cpu else "cuda"), Peak() as peak:
+            function()
+        return peak.most
 
     @property
     def peak(self):
@@ -158,7 +161,11 @@ class Plan:
 
     def gathered(self, *kinds, backward=False):
         """What FSDP holds whole during a pass through models, each a class and its shape (if not the policy's)."""
-        blocks, rests, _ = zip(*(self.parameters(*kind) for kind in kinds))
+        blocks, rests, wholes = zip(*(self.parameters(*kind) for kind in kinds))
+        if self.plain:
+            return {}
+        if backward and self.cfg.train_gather:
+            return {"gathered: all": self.size * sum(wholes), "unsharded gradients": 4 * sum(wholes)}
         block = max(blocks)
         terms = {"gathered: two blocks": 2 * self.size * block, "gathered: embeddings, head": self.size * sum(rests)}
         if backward:  # a block's gradient, and its copy in float32 to reduce; the rest's comes last
@@ -169,24 +176,23 @@ class Plan:
     def update(self, function, *kinds):
         """The training pass `function` of models of these kinds, and AdamW's step."""
         n = sum(self.parameters(*kind)[2] / self.shards for kind in kinds) * (self.cfg.offload != "all")
-        terms = self.gathered(*kinds, backward=True) | {"activations and logits": peak_of(function)}
+        terms = self.gathered(*kinds, backward=True) | {"activations and logits": self.peak_of(function)}
         # gradients stay from one micro-batch to the next; those of the first come while its activations go
         rows = self.cfg.batch_size // (self.processes * getattr(self.cfg, "n_minibatches", 1))
         self.phases["update"] = terms | ({"gradients": 4 * n} if rows > self.cfg.micro_batch_size else {})
-        roots = {} if self.on_cpu else {"Adam's square roots": 4 * n}  # of all second moments at once
-        self.phases["optimizer step"] = {"gradients": 4 * n, **roots}
+        self.phases["optimizer step"] = {"gradients": 4 * n}
 
     def train(self, cls, rows, length, n_predicted, loss):
         """A stage with one model: loss(model, ids, select)."""
         self.trained("model", cls)
-        model = meta(cls, self.shape, self.dtype, self.cfg.activation_checkpointing)
+        model = meta(cls, self.shape, self.dtype, self.cfg)
         self.update(lambda: loss(model, tokens(rows, length), tokens(rows, n_predicted)).backward(), (cls,))
 
     def sft(self):
         rows, T = self.cfg.micro_batch_size, self.cfg.max_length
 
         def loss(model, ids, select):
-            return token_logprobs(model(ids, select), select).sum()
+            return model.logprobs(ids, select, select).sum()
 
         self.train(GPTNeoX, rows, T, T - 1 if self.cfg.loss_on == "all" else T - self.cfg.max_query_tokens, loss)
 
@@ -198,7 +204,7 @@ class Plan:
         rows, T = 2 * self.cfg.micro_batch_size, self.cfg.max_length
 
         def loss(model, ids, select):
-            return token_logprobs(model(ids, select), select, n_vocab=self.n_vocab).sum()
+            return model.logprobs(ids, select, select, 1.0, self.n_vocab).sum()
 
         self.train(GPTNeoX, rows, T, T - self.cfg.max_query_tokens, loss)
 
@@ -212,38 +218,40 @@ class Plan:
         self.frozen("reference", GPTNeoX, cfg.reference or cfg.model)
         for source in sources:
             self.frozen(f"reward model {source}", ScalarModel, source)
-        policy = meta(GPTNeoX, self.shape, self.dtype, cfg.activation_checkpointing)
-        critic = meta(ScalarModel, critic_shape, self.dtype, cfg.activation_checkpointing)
+        policy = meta(GPTNeoX, self.shape, self.dtype, cfg)
+        critic = meta(ScalarModel, critic_shape, self.dtype, cfg)
         rows, whole = cfg.rollout_micro_batch_size, self.size * self.parameters(GPTNeoX)[2]
         lengths = torch.zeros(rows, dtype=torch.long, device="meta")
 
         @torch.no_grad()
         def prefill():
-            logits = policy(tokens(rows, Q), tokens(rows, 1), KVCache(lengths, Q, Q + R))
+            few = tokens(nplus.PREFILL_ROWS, 1)[:, 0]
+            cache = KVCache(lengths, Q, Q + R)
+            policy(tokens(len(few), Q), tokens(len(few), 1), cache.prefill(few, Q))
+            logits = policy(tokens(rows, 1), None, cache.decode())
             sample_token(logits[:, 0], cfg.temperature, torch.zeros(rows, device="meta"), self.n_vocab)
 
         cache = 2 * self.shape.num_hidden_layers * rows * (Q + R) * self.shape.hidden_size * self.size
-        rest = peak_of(prefill) - cache
+        rest = self.peak_of(prefill) - cache
         held = {"gathered: the policy": whole} if cfg.rollout_gather else self.gathered((GPTNeoX,))
+        held = {} if self.plain else held
         self.phases["generation"] = held | {"key-value cache": cache, "activations of the prefill, sampling": rest}
 
         @torch.no_grad()
         def measure():
             select = tokens(rows, R)
-            logits = policy(tokens(rows, Q + R), select)
-            token_logprobs(logits, select, cfg.temperature, self.n_vocab)
-            ppo.entropy(logits, cfg.temperature, self.n_vocab)
+            policy.logprobs(tokens(rows, Q + R), select, select, cfg.temperature, self.n_vocab, True)
 
-        self.phases["scoring"] = held | {"activations and logits": peak_of(measure)}
+        self.phases["scoring"] = held | {"activations and logits": self.peak_of(measure)}
 
         def update():
             ids, select = tokens(cfg.micro_batch_size, Q + R), tokens(cfg.micro_batch_size, R)
             zeros = torch.zeros(select.shape, device="meta")
             names = ("logprobs", "advantages", "returns", "values")
             batch = dict.fromkeys(names, zeros) | dict(mask=zeros > 0, mask_p1=zeros > 0)
-            logits, count = policy(ids, select), torch.zeros((), device="meta")
-            new = token_logprobs(logits, select, cfg.temperature, self.n_vocab)
-            spread = ppo.entropy(logits, cfg.temperature, self.n_vocab) if cfg.entropy_coef else None
+            count, bonus = torch.zeros((), device="meta"), cfg.entropy_coef > 0
+            new = policy.logprobs(ids, select, select, cfg.temperature, self.n_vocab, bonus)
+            new, spread = new if bonus else (new, None)
             ppo.ppo_loss(cfg, new, critic(ids, select), batch, count, count, spread)[0].backward()
 
         # PPO-ptx has a backward pass of its own, through rows no longer than these and the policy alone

@@ -1,8 +1,9 @@
-"""What evaluations report of many rows: ROUGE, and where and how often a reward model is right."""
+"""What runs report of many rows: ROUGE, where and how often a reward model is right, what a rollout's samples say."""
 
 import numpy as np
 
 from data import collate
+from model import write_json
 
 
 def rouge(references, responses):
@@ -52,3 +53,34 @@ def eos_rewards(run, cfg, model, rows):
 
     means = run.map_rows(read, rows["length"], cfg.micro_batch_size)
     return {f"reward/{name}": x.mean().item() for name, x in means.items()}
+
+
+def report(run, metrics, table, **details):
+    """Log the last evaluation's metrics; write them, `details` and a table of rows to eval.json, and print it all."""
+    run.log(metrics)
+    rows = {"evaluation": {**metrics, **details}, **table}.items()
+    run.print("", *(f"{group:44} " + "  ".join(f"{name} {x:.4g}" for name, x in row.items()) for group, row in rows))
+    if run.is_main:
+        write_json(run.out_dir / "eval.json", {**metrics, **details, "accuracy": table})
+
+
+def rollout_metrics(batch, kl_coef):
+    """What the samples say, before any update; sums are per sequence, in nats."""
+    mask, tokens, scores = batch["mask"], batch["mask"].sum().item(), batch["scores"].mean().item()
+    kl = batch["kl"].sum(1).mean().item()
+    metrics = {
+        "objective/kl": kl,
+        "objective/kl_coef": kl_coef,
+        "objective/entropy": -(batch["logprobs"] * mask).sum(1).mean().item(),
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": scores - kl_coef * kl,
+        "objective/scores": scores,
+        "policy/entropy_avg": (batch["entropy"] * mask).sum().item() / tokens,
+        "val/num_eos_tokens": batch["has_eos"].sum().item(),
+        "val/eos_rate": batch["has_eos"].float().mean().item(),
+        "val/response_length": tokens / len(mask),
+        "val/generation_gap": ((batch["sampled_logprobs"] - batch["logprobs"]).abs() * mask).sum().item() / tokens,
+    }
+    for name, column in (("val/perplexity", "logprobs"), ("val/ref_perplexity", "ref_logprobs")):
+        metrics[name] = ((batch[column] * mask).sum() / -tokens).exp().item()
+    return metrics

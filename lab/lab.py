@@ -38,6 +38,7 @@ import sample  # noqa: E402
 import sft  # noqa: E402
 from configurator import configure  # noqa: E402
 from data import Tokenizer, last_scalars  # noqa: E402
+from evals import samples  # noqa: E402
 from lab import report  # noqa: E402
 from toy import gold, make_data  # noqa: E402
 
@@ -160,10 +161,10 @@ def best_of_n(seed):
         language_model = runtime.load_model(run, model.GPTNeoX, cfg.model)
         scorer = runtime.load_model(run, model.ScalarModel, str(reward_model(seed)))
         queries = run.load(cfg.data, cfg.split)[:]["query"] * DRAWS
-        responses = sample.sample(run, cfg, language_model, queries)
+        responses = samples.sample(run, cfg, language_model, queries)
         score = functools.partial(last_scalars, [scorer], run.device)
         texts = ([run.tokenizer.decode(ids) for ids in rows] for rows in (queries, responses))
-        numbers.update(proxy=sample.measure(run, cfg, score, queries, responses), gold=gold.score(*texts))
+        numbers.update(proxy=samples.measure(run, cfg, score, queries, responses), gold=gold.score(*texts))
 
     draw(cfg)
     proxy, true = (np.reshape(numbers[key], (DRAWS, POSTS)) for key in ("proxy", "gold"))

@@ -1082,7 +1082,7 @@ def test_detail_20_3_rollout_by_transformers(run_ppo):
     """Detail 20: the same step on a real rollout, every input recomputed by transformers at temperature 0.7.
 
     fails if: ppo.py:forward takes log-probabilities at temperature 1; ppo.py:rollout takes values one column later;
-    ppo.py:rollout_metrics averages KL per token; ppo.py:shape_rewards pays the score at EOS.
+    evals/tables.py:rollout_metrics averages KL per token; ppo.py:shape_rewards pays the score at EOS.
     """
     batch, oracle, row = run_ppo.batches[0], run_ppo.oracle, run_ppo.metrics[0]
     step = reference_step(**vars(oracle))

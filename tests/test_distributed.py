@@ -41,7 +41,8 @@ def same_weights(one, other):
 
 
 @pytest.mark.parametrize("name, options", [("sft", {}), ("rm", {}), ("ppo", {}), ("dpo", {}),
-                                           ("ppo", {**EVERYTHING, "critic_steps": 1}), ("rm", RANKED)])  # fmt: skip
+                                           ("ppo", {**EVERYTHING, "critic_steps": 1}), ("rm", RANKED),
+                                           ("ppo", dict(train_gather=True, logits_chunk=7))])  # fmt: skip
 def test_two_processes_are_one_run(pipeline, name, options, tmp_path):
     """Same rows, same sampled tokens, same losses; evaluation rows (21, 15) do not divide by 2."""
     stage, options = importlib.import_module(name), dict(options)

@@ -387,12 +387,12 @@ def test_other_errors_keep_their_traceback(pipeline, monkeypatch):
 
 def nan_at(monkeypatch, stage, bad):
     """Make the log-probabilities of the stage's n-th forward pass NaN where bad(n) says so."""
-    count, plain = iter(range(10_000)), stage.token_logprobs
+    count, plain = iter(range(10_000)), stage.GPTNeoX.logprobs
 
-    def token_logprobs(*args, **kwargs):
+    def logprobs(*args, **kwargs):
         return plain(*args, **kwargs) * (float("nan") if bad(next(count)) else 1.0)
 
-    monkeypatch.setattr(stage, "token_logprobs", token_logprobs)
+    monkeypatch.setattr(stage.GPTNeoX, "logprobs", logprobs)
 
 
 def test_the_rows_of_a_non_finite_loss_are_named(pipeline, monkeypatch):

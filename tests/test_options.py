@@ -17,7 +17,7 @@ import sample
 import sft
 from configurator import UserError, configure
 from data import Tokenizer, batch_rows, load_rows
-from model import ScalarModel
+from model import ScalarModel, full
 
 FORWARD = 1e-4  # as in test_stages: float32 forward passes of this size agree to about 1e-5 nats per token
 
@@ -185,10 +185,10 @@ def test_critic_lr_is_the_critics_alone(pipeline, ppo_run, monkeypatch):
     moved, update = {}, ppo.ppo_update
 
     def watch(run, cfg, policy, critic, *args):
-        before = {name: [p.full_tensor().clone() for p in model.parameters()] for name, model in run.models.items()}
+        before = {name: [full(p.detach()).clone() for p in model.parameters()] for name, model in run.models.items()}
         result = update(run, cfg, policy, critic, *args)
         for name, model in run.models.items():
-            after = [p.full_tensor() for p in model.parameters()]
+            after = [full(p.detach()) for p in model.parameters()]
             moved[name] = max((a - b).abs().max().item() for a, b in zip(after, before[name]))
         return result
 

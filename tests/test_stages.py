@@ -24,6 +24,7 @@ import sft
 from configurator import UserError
 from data import Tokenizer, batch_rows, last_scalars, load_rows
 from evals.colour import coloured
+from evals.samples import best_of
 from evals.tables import rouge
 from model import Block
 
@@ -359,7 +360,7 @@ def test_sampled_kl_matches_hub_models(pipeline, ppo_run):
 def test_best_of_n_keeps_the_best_response_that_ends(pipeline):
     draws = [[5, 0], [6], [7, 0], [8, 0], [9, 0], [3]]  # two rounds of three queries
     scores = [1.0, 9.0, 4.0, 2.0, 3.0, 5.0]  # 9 and 5 are scores of responses without EOS
-    assert sample.best_of(2, scores, draws, 0) == [[8, 0], [9, 0], [7, 0]]
+    assert best_of(2, scores, draws, 0) == [[8, 0], [9, 0], [7, 0]]
 
     one, _ = samples_of(pipeline.config(sample, "best_of_1", temperature=1.0))
     four, summary = samples_of(pipeline.config(sample, "best_of_4", temperature=1.0, best_of=4))
@@ -524,7 +525,8 @@ def test_other_configuration_in_the_same_directory_is_refused(pipeline):
 
 def test_non_finite_gradient_stops_before_the_weights_change(pipeline, monkeypatch):
     cfg = pipeline.config(sft, "sft_nan", save_every=1)
-    monkeypatch.setattr(sft, "token_logprobs", lambda logits, targets: F.relu(logits[..., 0]) * float("nan"))
+    nan = lambda model, ids, select, targets: F.relu(model(ids, select)[..., 0]) * float("nan")  # noqa: E731
+    monkeypatch.setattr(sft.GPTNeoX, "logprobs", nan)
     with pytest.raises(UserError, match=r"step 0, rank 0: the gradient norm is nan; .* not finite: \[\d+, "):
         sft.main(cfg)
     assert not (Path(cfg.out_dir) / "checkpoints").exists()
