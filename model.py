@@ -36,6 +36,7 @@ BUFFERS = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotar
 # what config.json may say of what is not a choice here
 FIXED = dict(model_type="gpt_neox", hidden_act="gelu", attention_bias=True, tie_word_embeddings=False)
 
+ONEDNN = torch.backends.mkldnn.is_available()
 PREFILL_ROWS = 4  # queries that generation reads at a time
 AT_A_TIME = {"cpu": 2**20}  # logits that a loss looks at, at a time: what fits the cache; elsewhere more
 
@@ -129,7 +130,7 @@ class Linear(nn.Linear):
     """nn.Linear. In float32 on a CPU, without gradients, oneDNN does it: for few rows MKL takes up to twice as long."""
 
     def forward(self, x):
-        if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
+        if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return super().forward(x)
 
@@ -495,7 +496,7 @@ def token_logprobs(logits, tokens, temperature=1.0, n_vocab=None, with_entropy=F
         logits = logits.clone()  # what no model has made is not ours to use up
     options = temperature, n_vocab or logits.shape[-1], with_entropy
     both = TokenLogprobs.apply(logits.flatten(0, -2), tokens.flatten(), *options).view(2, *tokens.shape)
-    return both if with_entropy else both[0]
+    return (both if with_entropy else both[0]).clone()  # FSDP's hooks warn of outputs that are views
 
 
 def sample_token(logits, temperature, uniforms, n_vocab=None):

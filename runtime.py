@@ -129,7 +129,7 @@ class Run:
 
     def __init__(self, cfg):
         self.cfg, self.out_dir, self.bar = cfg, Path(cfg.out_dir), tqdm(disable=True)
-        self.losses, self.skipped, self.stopping = [], 0, False
+        self.models, self.losses, self.skipped, self.stopping = {}, [], 0, False
         kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         require(kind == "cpu" or torch.cuda.is_available(), "device 'cuda' is not there; use --device=cpu")
         self.dtype = getattr(torch, cfg.dtype.replace("auto", "bfloat16" if kind == "cuda" else "float32"))
