@@ -37,8 +37,8 @@ BUFFERS = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotar
 FIXED = dict(model_type="gpt_neox", hidden_act="gelu", attention_bias=True, tie_word_embeddings=False)
 
 ONEDNN = torch.backends.mkldnn.is_available()
-PREFILL_ROWS = 4  # queries that generation reads at a time
-AT_A_TIME = {"cpu": 2**20}  # logits that a loss looks at, at a time: what fits the cache; elsewhere more
+PREFILL_ROWS = {"cpu": 4, "cuda": 64}  # queries that generation reads at a time
+AT_A_TIME = {"cpu": 2**20, "cuda": 2**24}  # logits that a loss looks at, at a time: on a CPU what fits its cache
 
 
 @dataclass
@@ -117,8 +117,7 @@ class KVCache:
     def update(self, layer, k, v):
         """Store k, v (B, H, T, E) of the tokens now fed; return the keys, values and mask to attend to."""
         if layer not in self.layers:  # zeros, for what is masked must be finite
-            n_rows, n_columns = self.mask.shape
-            self.layers[layer] = k.new_zeros(2, n_rows, k.shape[1], n_columns, k.shape[3])
+            self.layers[layer] = k.new_zeros(2, len(self.mask), k.shape[1], self.mask.shape[1], k.shape[3])
         keys, values = self.layers[layer]
         if self.rows is not None:
             keys[self.rows, :, : k.shape[2]], values[self.rows, :, : k.shape[2]] = k, v
@@ -130,7 +129,8 @@ class Linear(nn.Linear):
     """nn.Linear. In float32 on a CPU, without gradients, oneDNN does it: for few rows MKL takes up to twice as long."""
 
     def forward(self, x):
-        if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
+        plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if ONEDNN and plain and x.is_cpu and x.dtype == torch.float32:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return super().forward(x)
 
@@ -220,14 +220,14 @@ class Body(nn.Module):
         positions = torch.arange(ids.shape[1], device=ids.device) if cache is None else cache.positions  # (.., T)
         cos, sin = self.rope(positions, h.dtype)
         # if few positions are asked for, the last block need not compute the others' attention and MLP
-        few = select if select is not None and 2 * select.shape[1] < ids.shape[1] else None
+        early = select is not None and 2 * select.shape[1] < ids.shape[1]
         for layer in self.layers:
-            inputs = (h, cos, sin, cache, few if layer is self.layers[-1] else None)
+            inputs = (h, cos, sin, cache, select if early and layer is self.layers[-1] else None)
             if self.checkpointing and torch.is_grad_enabled():
                 h = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = layer(*inputs)
-        return self.final_layer_norm(h if select is few else take(h, select))
+        return self.final_layer_norm(h if early or select is None else take(h, select))
 
     def rope(self, positions, dtype):
         """Positions (..., T) -> cos, sin (..., T, rot), computed in float32 and then cast."""
@@ -454,32 +454,32 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, tokens, temperature, n_vocab, with_entropy):
-        logprobs, entropy, logsumexp = torch.zeros(3, len(tokens), device=tokens.device)
+        logprobs, entropy = torch.zeros(2, len(tokens), device=tokens.device)
         for i, scores in few_rows(logits, temperature, n_vocab):
-            logsumexp[i] = scores.logsumexp(-1)
-            logprobs[i] = scores.gather(-1, tokens[i, None])[:, 0] - logsumexp[i]
+            log_p = scores.log_softmax(-1)
+            logprobs[i] = log_p.gather(-1, tokens[i, None])[:, 0]
             if with_entropy:
-                entropy[i] = logsumexp[i] - (scores * (scores - logsumexp[i, None]).exp_()).sum(-1)
-        ctx.save_for_backward(logits, tokens, logsumexp, entropy)
+                entropy[i] = -(log_p.exp() * log_p).sum(-1)
+        ctx.save_for_backward(logits, tokens, entropy)
         ctx.options = temperature, n_vocab, with_entropy
         return torch.stack((logprobs, entropy))
 
     @staticmethod
     def backward(ctx, grads):
-        (logits, tokens, logsumexp, entropy), (temperature, n_vocab, with_entropy) = ctx.saved_tensors, ctx.options
+        (logits, tokens, entropy), (temperature, n_vocab, with_entropy) = ctx.saved_tensors, ctx.options
         for i, scores in few_rows(logits, temperature, n_vocab):
-            log_p, (grad, grad_entropy) = scores - logsumexp[i, None], grads[:, i, None]
+            grad, grad_entropy = grads[:, i, None] / temperature
             weight = -grad  # d log p(token) / d score = 1 if it is that token - p
             if with_entropy:  # d entropy / d score = -p (log p + entropy)
-                weight = weight - grad_entropy * (log_p + entropy[i, None])
-            logits[i, :n_vocab] = log_p.exp_().mul_(weight).scatter_add_(1, tokens[i, None], grad).div_(temperature)
+                weight = weight - grad_entropy * (scores.log_softmax(-1) + entropy[i, None])
+            logits[i, :n_vocab] = scores.softmax(-1).mul_(weight).scatter_add_(1, tokens[i, None], grad)
             logits[i, n_vocab:] = 0
         return logits, None, None, None, None
 
 
 def few_rows(logits, temperature, n_vocab):
     """A few rows of logits (N, V) at a time: their slice, and logits / temperature in float32."""
-    n = 1 + AT_A_TIME.get(logits.device.type, 2**24) // logits.shape[1]
+    n = 1 + AT_A_TIME[logits.device.type] // logits.shape[1]
     for rows in (slice(start, start + n) for start in range(0, len(logits), n)):
         scores = logits[rows, :n_vocab].float()
         yield rows, scores if temperature == 1 else scores / temperature
@@ -492,7 +492,7 @@ def token_logprobs(logits, tokens, temperature=1.0, n_vocab=None, with_entropy=F
     with_entropy: return (2, B, R), with the entropy of that distribution in nats as the second.
     The backward pass uses the logits up: another use of them raises an error there.
     """
-    if logits.is_leaf and logits.requires_grad:
+    if logits.requires_grad and (logits if logits._base is None else logits._base).is_leaf:
         logits = logits.clone()  # what no model has made is not ours to use up
     options = temperature, n_vocab or logits.shape[-1], with_entropy
     both = TokenLogprobs.apply(logits.flatten(0, -2), tokens.flatten(), *options).view(2, *tokens.shape)
@@ -513,7 +513,7 @@ def sample_token(logits, temperature, uniforms, n_vocab=None):
         # have no probability at all.
         ends = (uniforms * cdf[:, -1])[:, None]
         tokens = torch.searchsorted(cdf, ends, right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
-    return tokens, probs.gather(1, tokens[:, None])[:, 0].log()
+    return tokens, probs.gather(1, tokens[:, None])[:, 0].clamp(min=1e-38).log()
 
 
 @torch.compiler.set_stance("force_eager")
@@ -523,7 +523,7 @@ def generate(model, queries, query_lens, max_new_tokens, temperature, uniforms=N
     """Continue right-padded queries (B, Q) of lengths query_lens (B,) by max_new_tokens = R tokens: (B, R).
 
     temperature:     0 is greedy; else one uniform of `uniforms` (B, R) in [0, 1) decides each token.
-    eos_id:          if given, a row that has drawn it goes on with it, and the loop ends once all rows have.
+    eos_id:          if given, a row that has drawn it goes on with it, and the loop ends (soon) after all rows have.
     n_vocab:         ids at or above it are never generated.
     return_logprobs: also return the log-probabilities (B, R) of the tokens as they were drawn (0 after EOS).
     all_done:        a function of done (B,) that ends the loop, if not every row alone is to decide it.
@@ -531,16 +531,16 @@ def generate(model, queries, query_lens, max_new_tokens, temperature, uniforms=N
     fits = temperature >= 0 and (temperature == 0 or uniforms is not None) and int(query_lens.min()) > 0
     require(fits, "generate: temperature must not be negative; sampling needs uniforms; no query may be empty")
     order = query_lens.argsort(descending=True)
-    width, wait = int(query_lens[order[0]]), 16 if queries.is_cuda else 1  # asking a GPU whether all are done stops it
+    width, every = int(query_lens[order[0]]), 16 if queries.is_cuda else 1  # to ask a GPU whether all are done stops it
     is_query = torch.arange(width, device=queries.device) < query_lens[:, None]  # (B, width)
     queries = queries[:, :width].where(is_query, 0)  # a pad id need not be an id of the model
     responses = queries.new_full((len(queries), max_new_tokens), eos_id or 0)
     logprobs = torch.zeros(responses.shape, device=queries.device)
     done = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
     cache = KVCache(query_lens, width, width + max_new_tokens)
-    # the longest queries first, a few at a time, each cut to the longest of its few
-    few = [(rows, int(query_lens[rows[0]])) for rows in order.split(PREFILL_ROWS)]
-    logits = [model(queries[rows, :n], query_lens[rows, None] - 1, cache.prefill(rows, n)) for rows, n in few]
+    # the longest queries first, a group at a time, each cut to the longest of its group
+    groups = [(rows, int(query_lens[rows[0]])) for rows in order.split(PREFILL_ROWS[queries.device.type])]
+    logits = [model(queries[rows, :n], query_lens[rows, None] - 1, cache.prefill(rows, n)) for rows, n in groups]
     logits = torch.cat(logits)[order.argsort()]  # (B, 1, V)
     for t in range(max_new_tokens):
         if t:
@@ -550,6 +550,6 @@ def generate(model, queries, query_lens, max_new_tokens, temperature, uniforms=N
             tokens, logprob = tokens.where(~done, eos_id), logprob.where(~done, 0.0)
             done |= tokens == eos_id
         responses[:, t], logprobs[:, t] = tokens, logprob
-        if (t + 1) % wait == 0 and all_done(done):
+        if (t + 1) % every == 0 and all_done(done):
             break
     return (responses, logprobs) if return_logprobs else responses

@@ -1,6 +1,7 @@
 """What every stage needs and none is about: processes, sharding, the optimizer, checkpoints, metrics.
 
-One process is a world of one and runs the same code as eight under torchrun: gloo on a CPU, nccl on GPUs.
+One process is a world of one and runs the same code as eight under torchrun: gloo on a CPU, nccl on GPUs. (In
+float32 its models are plain modules, for there is nothing to share or to cast.)
 All randomness is a pure function of (seed, step, row), so there is no generator state here to save.
 """
 
@@ -338,7 +339,7 @@ def load_model(run, cls, source, trainable=False, scratch=False, new_head=False)
     shard(model, run, torch.float32 if trainable else run.dtype, offload)
     model.to_empty(device="cpu" if offload else run.device)
     model.gpt_neox.checkpointing = trainable and run.cfg.activation_checkpointing
-    model.logits_chunk = trainable and run.cfg.logits_chunk
+    model.logits_chunk = getattr(run.cfg, "logits_chunk", 0)  # of frozen ones too: they must round alike
     if scratch or new_head:
         init_weights(model, run.cfg.seed, only="score" if new_head else "")
     if not scratch:
@@ -347,7 +348,8 @@ def load_model(run, cls, source, trainable=False, scratch=False, new_head=False)
 
 
 def shard(model, run, master_dtype, offload=False):
-    """FSDP2: every block, then the rest; masters in master_dtype, compute in run.dtype, reductions in float32.
+    """FSDP2: every block, then the rest; masters in master_dtype, compute in run.dtype, reductions in float32. Where
+    that would change nothing, because one process computes in float32, the model stays as it is.
 
     The modules that a model lists in `float32_modules` compute in float32 whatever run.dtype is.
     offload: the shards live in CPU memory, gradients and the optimizer's state with them.

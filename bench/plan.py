@@ -96,7 +96,8 @@ def as_on(device):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)[0]
 
     nplus.F.scaled_dot_product_attention = attention
-    nplus.AT_A_TIME["meta"] = nplus.AT_A_TIME.get(device, 2**24)
+    for limit in (nplus.AT_A_TIME, nplus.PREFILL_ROWS):
+        limit["meta"] = limit[device]
     yield
     nplus.F.scaled_dot_product_attention = plain
 
@@ -225,7 +226,7 @@ class Plan:
 
         @torch.no_grad()
         def prefill():
-            few = tokens(nplus.PREFILL_ROWS, 1)[:, 0]
+            few = tokens(min(nplus.PREFILL_ROWS["meta"], rows), 1)[:, 0]
             cache = KVCache(lengths, Q, Q + R)
             policy(tokens(len(few), Q), tokens(len(few), 1), cache.prefill(few, Q))
             logits = policy(tokens(rows, 1), None, cache.decode())

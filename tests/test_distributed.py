@@ -37,12 +37,17 @@ def launch(n, *script, **env):
 def same_weights(one, other):
     weights = [load_file(Path(cfg.out_dir) / "final" / "model.safetensors") for cfg in (one, other)]
     for key, value in weights[0].items():
-        np.testing.assert_allclose(value, weights[1][key], atol=ROUNDING, err_msg=key)
+        # a reward model's bias is minus a mean of scores: a sum over the width of weights that are each so far apart
+        terms = weights[0]["score.weight"].shape[1] if key == "score.bias" else 1
+        np.testing.assert_allclose(value, weights[1][key], atol=ROUNDING * terms**0.5, err_msg=key)
+
+
+MEMORY = dict(train_gather=True, logits_chunk=7, activation_checkpointing=True)
 
 
 @pytest.mark.parametrize("name, options", [("sft", {}), ("rm", {}), ("ppo", {}), ("dpo", {}),
-                                           ("ppo", {**EVERYTHING, "critic_steps": 1}), ("rm", RANKED),
-                                           ("ppo", dict(train_gather=True, logits_chunk=7))])  # fmt: skip
+                                           ("ppo", {**EVERYTHING, "critic_steps": 1}), ("ppo", MEMORY),
+                                           ("rm", RANKED)])  # fmt: skip
 def test_two_processes_are_one_run(pipeline, name, options, tmp_path):
     """Same rows, same sampled tokens, same losses; evaluation rows (21, 15) do not divide by 2."""
     stage, options = importlib.import_module(name), dict(options)
