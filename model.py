@@ -479,7 +479,7 @@ class TokenLogprobs(torch.autograd.Function):
 
 def few_rows(logits, temperature, n_vocab):
     """A few rows of logits (N, V) at a time: their slice, and logits / temperature in float32."""
-    n = 1 + AT_A_TIME[logits.device.type] // logits.shape[1]
+    n = 1 + AT_A_TIME.get(logits.device.type, 2**24) // logits.shape[1]
     for rows in (slice(start, start + n) for start in range(0, len(logits), n)):
         scores = logits[rows, :n_vocab].float()
         yield rows, scores if temperature == 1 else scores / temperature
@@ -539,7 +539,7 @@ def generate(model, queries, query_lens, max_new_tokens, temperature, uniforms=N
     done = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
     cache = KVCache(query_lens, width, width + max_new_tokens)
     # the longest queries first, a group at a time, each cut to the longest of its group
-    groups = [(rows, int(query_lens[rows[0]])) for rows in order.split(PREFILL_ROWS[queries.device.type])]
+    groups = [(rows, int(query_lens[rows[0]])) for rows in order.split(PREFILL_ROWS.get(queries.device.type, 64))]
     logits = [model(queries[rows, :n], query_lens[rows, None] - 1, cache.prefill(rows, n)) for rows, n in groups]
     logits = torch.cat(logits)[order.argsort()]  # (B, 1, V)
     for t in range(max_new_tokens):

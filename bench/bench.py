@@ -18,6 +18,7 @@ bench/RESULTS.md with --append.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import itertools
 import json
@@ -144,11 +145,9 @@ class Side:
                                             text=True, env={**os.environ, **env}, cwd=ROOT)  # fmt: skip
 
     def work(self):
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write("go\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass
         line = self.process.stdout.readline()
         require(line, f"the side {self.name!r} ended; see {self.log}")
         self.units.append(json.loads(line))
