@@ -28,7 +28,7 @@ demo: $(VENV)/ready
 	$(PY) toy/report.py $(OUT)
 
 test: $(VENV)/ready-dev
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: $(VENV)/ready-extra
 	$(PY) lab/lab.py $(LAB)

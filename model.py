@@ -221,12 +221,10 @@ class Body(nn.Module):
         cos, sin = self.rope(positions, h.dtype)
         # if few positions are asked for, the last block need not compute the others' attention and MLP
         early = select is not None and 2 * select.shape[1] < ids.shape[1]
+        again = self.checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
             inputs = (h, cos, sin, cache, select if early and layer is self.layers[-1] else None)
-            if self.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                h = layer(*inputs)
+            h = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False) if again else layer(*inputs)
         return self.final_layer_norm(h if early or select is None else take(h, select))
 
     def rope(self, positions, dtype):

@@ -269,31 +269,33 @@ def prepare(cfg, batch, kl_coef, state=None):
 # ---------------------------------------------------------------------------- the update
 
 
-def ppo_loss(cfg, new_logprobs, new_values, micro, n_actions, n_values, new_entropy=None):
-    """A micro-batch's part of its minibatch's loss, and of its statistics (a dict of scalars); both add up.
+def actor_loss(cfg, new_logprobs, micro, n_actions, new_entropy=None):
+    """A micro-batch's part of its minibatch's policy loss, and of its statistics (a dict of scalars); both add up.
 
-    n_actions, n_values: how many tokens count in the whole minibatch, over all micro-batches and ranks.
+    n_actions: how many tokens count in the whole minibatch, over all micro-batches and ranks.
     """
-    actions, values = micro["mask"] / n_actions, micro["mask_p1"] / n_values  # weights (B, R), 0 where nothing counts
-    logprobs, advantages, returns = micro["logprobs"], micro["advantages"], micro["returns"]
+    weights, logprobs, advantages = micro["mask"] / n_actions, micro["logprobs"], micro["advantages"]  # (B, R) each
     new_logprobs = new_logprobs.where(micro["mask"], logprobs)  # what stands behind EOS must not overflow exp
     pg_loss = policy_loss(new_logprobs, logprobs, advantages, cfg.cliprange)
-    vf_loss = value_loss(new_values, micro["values"], returns, cfg.cliprange_value)
-    loss = (pg_loss * actions).sum() + cfg.vf_coef * (vf_loss * values).sum()
-    if cfg.entropy_coef:
-        loss = loss - cfg.entropy_coef * (new_entropy * actions).sum()
     with torch.no_grad():
         ratio = torch.exp(new_logprobs - logprobs)
         stats = {
-            "loss/policy_avg": (pg_loss * actions).sum(),
-            "loss/value_avg": (vf_loss * values).sum(),
-            "policy/approxkl_avg": (0.5 * (new_logprobs - logprobs) ** 2 * actions).sum(),
-            "policy/clipfrac_avg": ((pg_loss > -advantages * ratio) * actions).sum(),
-            "val/clipfrac_avg": ((vf_loss > 0.5 * (new_values - returns) ** 2) * values).sum(),
-            "val/ratio_avg": (ratio * actions).sum(),
-            "val/ratio_var": ((ratio - 1) ** 2 * actions).sum(),
+            "loss/policy_avg": (pg_loss * weights).sum(),
+            "policy/approxkl_avg": (0.5 * (new_logprobs - logprobs) ** 2 * weights).sum(),
+            "policy/clipfrac_avg": ((pg_loss > -advantages * ratio) * weights).sum(),
+            "val/ratio_avg": (ratio * weights).sum(),
+            "val/ratio_var": ((ratio - 1) ** 2 * weights).sum(),
         }
-    return loss, stats
+    objective = pg_loss if new_entropy is None else pg_loss - cfg.entropy_coef * new_entropy
+    return (objective * weights).sum(), stats
+
+
+def critic_loss(cfg, new_values, micro, n_values):
+    """The same of the value loss, times vf_coef. n_values: how many values count in the whole minibatch."""
+    weights = micro["mask_p1"] / n_values
+    vf_loss = value_loss(new_values, micro["values"], micro["returns"], cfg.cliprange_value)
+    loss, is_clipped = (vf_loss * weights).sum(), vf_loss > 0.5 * (new_values - micro["returns"]) ** 2
+    return cfg.vf_coef * loss, {"loss/value_avg": loss.detach(), "val/clipfrac_avg": (is_clipped * weights).sum()}
 
 
 def ptx_update(run, cfg, policy, rows):
@@ -326,11 +328,14 @@ def ppo_update(run, cfg, policy, critic, queries, batch, ptx_rows=None):
                 with torch.set_grad_enabled(learns):
                     ids, select, new_logprobs, spread = forward(run, cfg, policy, queries, batch, rows, bonus)
                 micro = {name: x[rows] if x.dim() == 1 else x[rows, : select.shape[1]] for name, x in batch.items()}
-                loss, stats = ppo_loss(cfg, new_logprobs, critic(ids, select), micro, n_actions, n_values, spread)
+                loss, stats = actor_loss(cfg, new_logprobs, micro, n_actions, spread)
+                if learns:  # a model at a time: its activations are gone before the next one's come
+                    runtime.backward(run, loss, rows)
+                loss, more = critic_loss(cfg, critic(ids, select), micro, n_values)
                 runtime.backward(run, loss, rows)
                 # before any step of this update the ratio must be 1, or rollout and update disagree
                 ratio = stats["val/ratio_avg"] * (epoch == number == 0)
-                parts.append({"val/ratio": ratio} | {name: value / n_steps for name, value in stats.items()})
+                parts.append({"val/ratio": ratio} | {name: x / n_steps for name, x in (stats | more).items()})
             if ptx_rows and learns:
                 metrics = ptx_update(run, cfg, policy, ptx_rows.select(minibatch))
             metrics |= runtime.optimizer_step(run)

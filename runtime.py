@@ -445,7 +445,7 @@ def optimizer_step(run):
     losses, run.losses = run.losses, []
     skip = run.sum([{"bad": ~torch.stack([norm, *(loss for _, loss in losses)]).isfinite().all()}])["bad"] > 0
     if skip and cfg.on_nonfinite == "stop":
-        rows = [row for index, loss in losses if not loss.isfinite() for row in run.batch()[list(index)].tolist()]
+        rows = sorted({row for i, loss in losses if not loss.isfinite() for row in run.batch()[list(i)].tolist()})
         what = f"the gradient norm is {norm.item()}; this rank's rows whose loss is not finite: {rows or 'none'}"
         raise UserError(f"step {run.step}, rank {run.rank}: {what}; lower lr, or mend the rows")
     if cfg.max_grad_norm > 0:

@@ -174,13 +174,15 @@ class Plan:
             terms["unsharded gradients, to reduce"] = whole
         return terms
 
-    def update(self, function, *kinds):
-        """The training pass `function` of models of these kinds, and AdamW's step."""
+    def update(self, function, kind, other=None, name="update"):
+        """The training pass `function` of a model of this kind, perhaps beside another that learns; AdamW's step."""
+        kinds = [kind] + [other] * (other is not None)
         n = sum(self.parameters(*kind)[2] / self.shards for kind in kinds) * (self.cfg.offload != "all")
-        terms = self.gathered(*kinds, backward=True) | {"activations and logits": self.peak_of(function)}
+        terms = self.gathered(*(kinds if self.cfg.train_gather else [kind]), backward=True)
         # gradients stay from one micro-batch to the next; those of the first come while its activations go
         rows = self.cfg.batch_size // (self.processes * getattr(self.cfg, "n_minibatches", 1))
-        self.phases["update"] = terms | ({"gradients": 4 * n} if rows > self.cfg.micro_batch_size else {})
+        gradients = {"gradients": 4 * n} if rows > self.cfg.micro_batch_size else {}
+        self.phases[name] = terms | {"activations and logits": self.peak_of(function)} | gradients
         self.phases["optimizer step"] = {"gradients": 4 * n}
 
     def train(self, cls, rows, length, n_predicted, loss):
@@ -245,18 +247,23 @@ class Plan:
 
         self.phases["scoring"] = held | {"activations and logits": self.peak_of(measure)}
 
-        def update():
-            ids, select = tokens(cfg.micro_batch_size, Q + R), tokens(cfg.micro_batch_size, R)
-            zeros = torch.zeros(select.shape, device="meta")
-            names = ("logprobs", "advantages", "returns", "values")
-            batch = dict.fromkeys(names, zeros) | dict(mask=zeros > 0, mask_p1=zeros > 0)
-            count, bonus = torch.zeros((), device="meta"), cfg.entropy_coef > 0
-            new = policy.logprobs(ids, select, select, cfg.temperature, self.n_vocab, bonus)
-            new, spread = new if bonus else (new, None)
-            ppo.ppo_loss(cfg, new, critic(ids, select), batch, count, count, spread)[0].backward()
+        ids, select = tokens(cfg.micro_batch_size, Q + R), tokens(cfg.micro_batch_size, R)
+        zeros, n = torch.zeros(select.shape, device="meta"), torch.zeros((), device="meta")
+        names = ("logprobs", "advantages", "returns", "values")
+        batch = dict.fromkeys(names, zeros) | dict(mask=zeros > 0, mask_p1=zeros > 0)
+
+        def update_policy():
+            new = policy.logprobs(ids, select, select, cfg.temperature, self.n_vocab, cfg.entropy_coef > 0)
+            new, entropy = new if cfg.entropy_coef > 0 else (new, None)
+            ppo.actor_loss(cfg, new, batch, n, entropy)[0].backward()
+
+        def update_critic():
+            ppo.critic_loss(cfg, critic(ids, select), batch, n)[0].backward()
 
         # PPO-ptx has a backward pass of its own, through rows no longer than these and the policy alone
-        self.update(update, (GPTNeoX,), (ScalarModel, critic_shape))
+        kinds = (GPTNeoX,), (ScalarModel, critic_shape)
+        self.update(update_policy, *kinds, name="the policy's update")
+        self.update(update_critic, *kinds[::-1], name="the critic's update")
 
     def lines(self):
         rows = [(f"always: {name}", size) for name, size in self.always.items()]

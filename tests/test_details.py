@@ -1102,7 +1102,7 @@ def test_detail_20_4_four_epochs_of_clipped_updates(pipeline, policy, other, rew
     """Detail 20: four passes over the batch, ratio clipped at 0.2, value at 0.2, value loss times 0.1, one AdamW.
 
     fails if: ppo.py:Config has n_epochs 1, cliprange 10 or cliprange_value 10; ppo.py:policy_loss or
-    ppo.py:value_loss takes the minimum; ppo.py:ppo_loss leaves out vf_coef, weighs values by mask, or takes means
+    ppo.py:value_loss takes the minimum; ppo.py:critic_loss leaves out vf_coef or weighs values by mask; one takes means
     per micro-batch; ppo.py:ppo_update renews the old log-probabilities in every epoch; runtime.py:make_optimizer
     has beta2 0.95.
     """
@@ -1337,7 +1337,7 @@ def test_detail_25_1_advantages_are_whitened(run_ppo):
 def test_detail_25_2_whitening_is_once_per_rollout(pipeline, policy, reward):
     """Detail 25: the batch is whitened as a whole, before it is cut into minibatches, and not again.
 
-    fails if: ppo.py:ppo_loss or ppo.py:ppo_update whitens a minibatch's advantages.
+    fails if: ppo.py:actor_loss or ppo.py:ppo_update whitens a minibatch's advantages.
     """
     cfg = tiny(pipeline, ppo, "halves", model=str(policy), reward_model=str(final(reward)), lr=0.0)
     cfg = replace(cfg, n_minibatches=2, n_epochs=1)

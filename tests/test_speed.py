@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from pipeline import metrics
 from torch._dynamo.testing import CompileCounter
+from torch.utils.weak import TensorWeakRef
 
 import model as nplus
 import ppo
+import runtime
 import sft
 from data import pad_right
 from model import GPTNeoX, GPTNeoXConfig, KVCache, ScalarModel, attend, generate, token_logprobs
@@ -164,6 +166,31 @@ def test_a_decoding_step_has_static_shapes_and_places():
     assert graphs[-1] == graphs[2] > 0  # the first tokens may compile; no later one does
     now = [cache.mask.data_ptr(), cache.last.data_ptr(), *(layer.data_ptr() for layer in cache.layers.values())]
     assert now == places
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_models_activations_are_gone_when_the_other_learns(pipeline, monkeypatch, dtype):
+    """Undone: one loss and one backward pass for policy and critic."""
+    kept, alive, load = [], [], runtime.load_model
+
+    def keep(module, inputs):  # the weight's gradient needs them
+        if torch.is_grad_enabled():
+            kept.append(TensorWeakRef(inputs[0]))
+
+    def look(module, inputs):
+        if torch.is_grad_enabled():
+            alive.append(sum(ref() is not None for ref in kept))
+
+    def watched(run, cls, *args, trainable=False, **options):
+        model = load(run, cls, *args, trainable=trainable, **options)
+        if trainable:
+            model.gpt_neox.layers[0].register_forward_pre_hook(look)
+            model.gpt_neox.layers[0].mlp.dense_4h_to_h.register_forward_pre_hook(keep)
+        return model
+
+    monkeypatch.setattr(runtime, "load_model", watched)
+    ppo.main(pipeline.config(ppo, f"ppo_in_turn_{dtype}", episodes=8, dtype=dtype))
+    assert len(kept) == len(alive) >= 4 and not any(alive)
 
 
 @pytest.mark.parametrize("causal", [True, False])
