@@ -171,7 +171,8 @@ def device_name(device):
     if device == "cuda":
         return torch.cuda.get_device_name()
     names = re.findall(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    name, vectors = names[0] if names else platform.processor(), torch.backends.cpu.get_cpu_capability()
+    return f"{name}, {os.cpu_count()} cores, {vectors}"
 
 
 def main():
