@@ -174,16 +174,18 @@ class Plan:
             terms["unsharded gradients, to reduce"] = whole
         return terms
 
-    def update(self, function, kind, other=None, name="update"):
-        """The training pass `function` of a model of this kind, perhaps beside another that learns; AdamW's step."""
+    def update(self, function, kind, other=None, name="update", first=True):
+        """The training pass `function` of a model of this kind; AdamW's step. other: of a model that learns, too,
+        after this one (or before it, if this is not the first).
+        """
         kinds = [kind] + [other] * (other is not None)
-        n = sum(self.parameters(*kind)[2] / self.shards for kind in kinds) * (self.cfg.offload != "all")
+        sizes = [4 * self.parameters(*kind)[2] / self.shards * (self.cfg.offload != "all") for kind in kinds]
         terms = self.gathered(*(kinds if self.cfg.train_gather else [kind]), backward=True)
+        terms["activations and logits"] = self.peak_of(function)
         # gradients stay from one micro-batch to the next; those of the first come while its activations go
         rows = self.cfg.batch_size // (self.processes * getattr(self.cfg, "n_minibatches", 1))
-        gradients = {"gradients": 4 * n} if rows > self.cfg.micro_batch_size else {}
-        self.phases[name] = terms | {"activations and logits": self.peak_of(function)} | gradients
-        self.phases["optimizer step"] = {"gradients": 4 * n}
+        terms["gradients"] = sum(sizes if rows > self.cfg.micro_batch_size else sizes[1:] if not first else [])
+        self.phases[name], self.phases["optimizer step"] = terms, {"gradients": sum(sizes)}
 
     def train(self, cls, rows, length, n_predicted, loss):
         """A stage with one model: loss(model, ids, select)."""
@@ -263,7 +265,7 @@ class Plan:
         # PPO-ptx has a backward pass of its own, through rows no longer than these and the policy alone
         kinds = (GPTNeoX,), (ScalarModel, critic_shape)
         self.update(update_policy, *kinds, name="the policy's update")
-        self.update(update_critic, *kinds[::-1], name="the critic's update")
+        self.update(update_critic, *kinds[::-1], name="the critic's update", first=False)
 
     def lines(self):
         rows = [(f"always: {name}", size) for name, size in self.always.items()]
