@@ -392,7 +392,7 @@ def open_weights(path):
 def load_weights(model, directory, new_head=False):
     """Fill `model` from `directory`; a sharded parameter reads only its own rows from the file.
 
-    new_head: take the body alone, from a model of the other kind, and leave the head as it is.
+    new_head: take the body alone, from a model of either kind, and leave the head as it is.
     """
     part = "gpt_neox." if new_head else ""
     files = {name: path for name, path in weight_files(directory).items() if name.startswith(part)}
@@ -488,7 +488,8 @@ def token_logprobs(logits, tokens, temperature=1.0, n_vocab=None, with_entropy=F
 
     n_vocab: the ids from there on are padding rows of the vocabulary that no text uses, and have no probability.
     with_entropy: return (2, B, R), with the entropy of that distribution in nats as the second.
-    The backward pass uses the logits up: another use of them raises an error there.
+    The backward pass uses the logits up: what stands there after it is their gradient, and a graph that still needs
+    them raises an error.
     """
     if logits.requires_grad and (logits if logits._base is None else logits._base).is_leaf:
         logits = logits.clone()  # what no model has made is not ours to use up

@@ -62,7 +62,7 @@ class Config(runtime.TrainConfig):
     reward_model: str = "out/rm_1b/final"  # hub id or directory; a,b,c: the mean of these
     critic: str = ""  # where the critic starts; empty: the reward model (with a score function: model, with a new head)
     data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # queries: hub id, directory or file with {split}
-    eval_split: str = ""  # sample.py evaluates
+    eval_split: str = ""  # of no use here: sample.py evaluates
     max_length: int = 512  # tokens of a query; a longer one is an error
     episodes: Count = 1_000_000  # responses sampled in the whole run
     batch_size: Count = 512  # episodes per update, over all processes
@@ -205,7 +205,7 @@ class AdaptiveKLController:
 
 
 def forward(run, cfg, model, queries, batch, index, with_entropy=False):
-    """A policy's pass over the rows `index`, each cut one token behind EOS, for that is all that counts.
+    """A policy's pass over the rows `index`, each cut one token behind EOS, where the last value that counts is read.
 
     Returns ids (B, T) and select (B, R'), for the other models' passes; logprobs (B, R'); entropy (B, R') or None.
     """
@@ -381,7 +381,7 @@ def main(cfg, score=None):
         kl_control = AdaptiveKLController(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     state = {"kl_coef": cfg.kl_coef, "moments": (0, 0.0, 0.0)}
     for step in run.train({"policy": policy, "critic": critic}, state, lrs={"critic": cfg.critic_lr}):
-        if cfg.kl_target:
+        if cfg.kl_target:  # a resumed run's; a fixed one is as configured, and may be changed on the way
             kl_control.value = state["kl_coef"]
         queries = run.rows[run.batch()]["query"]
         batch = rollout(run, cfg, policy, reference, critic, scorer, queries, step)

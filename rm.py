@@ -55,7 +55,7 @@ def ranking_loss(rewards, target=1.0, counts=None, noise=0.0):
 
     target: a number or (B, 1). counts (B,): how many of a row's K are real, if rows rank different numbers.
     """
-    better, worse = torch.triu_indices(rewards.shape[1], rewards.shape[1], offset=1)
+    better, worse = torch.triu_indices(rewards.shape[1], rewards.shape[1], offset=1, device=rewards.device)
     losses = preference_loss(rewards[:, better], rewards[:, worse], target, noise)
     real = torch.ones_like(losses) if counts is None else worse < counts[:, None]
     return (losses * real).sum(1) / real.sum(1)

@@ -237,10 +237,10 @@ class Run:
                 save_checkpoint(self, state)
             if stopping:
                 self.end(f"stopped after update {self.step}; the same command goes on from there")
-        self.stopping = signal.SIGTERM  # what follows is as good as asked to end: it does, and Ctrl-C ends it at once
+        self.stopping = signal.SIGTERM  # evaluation and export go on after a SIGTERM; Ctrl-C ends them at once
 
     def stop(self, number, frame):
-        # schedulers send SIGTERM more than once, to torchrun and to each process; torchrun makes one of a second Ctrl-C
+        # twice SIGTERM, from scheduler and torchrun, is one; with a Ctrl-C among the two somebody means: at once
         if self.stopping and signal.SIGINT in (number, self.stopping):
             raise KeyboardInterrupt("ended at once by a second signal")
         self.stopping, self.bar.disable = number, True
@@ -443,9 +443,10 @@ def optimizer_step(run):
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = full(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])).to(run.device)
     losses, run.losses = run.losses, []
+    # one rank's bad loss stops, or skips, the update on all
     skip = run.sum([{"bad": ~torch.stack([norm, *(loss for _, loss in losses)]).isfinite().all()}])["bad"] > 0
     if skip and cfg.on_nonfinite == "stop":
-        rows = sorted({row for i, loss in losses if not loss.isfinite() for row in run.batch()[list(i)].tolist()})
+        rows = sorted({row for at, loss in losses if not loss.isfinite() for row in run.batch()[list(at)].tolist()})
         what = f"the gradient norm is {norm.item()}; this rank's rows whose loss is not finite: {rows or 'none'}"
         raise UserError(f"step {run.step}, rank {run.rank}: {what}; lower lr, or mend the rows")
     if cfg.max_grad_norm > 0:

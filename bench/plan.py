@@ -130,8 +130,9 @@ def tokens(rows, length):
 class Plan:
     """Terms in bytes, per process: `always`, and per phase what comes on top."""
 
-    def __init__(self, stage, cfg, processes, dtype, n_vocab=None, on_cpu=False):
-        self.stage, self.cfg, self.processes, self.dtype, self.on_cpu = stage, cfg, processes, dtype, on_cpu
+    def __init__(self, stage, cfg, processes, dtype, n_vocab=None):
+        self.stage, self.cfg, self.processes, self.dtype = stage, cfg, processes, dtype
+        self.on_cpu = cfg.device == "cpu"
         self.size, self.shards = dtype.itemsize, cfg.shard_size or processes
         self.shape, self.always, self.phases = shape_of(cfg.model), {}, {}
         self.n_vocab = n_vocab or self.shape.vocab_size
@@ -387,7 +388,7 @@ def check():
             values |= dict(max_length=Q, response_length=R, reward_model=str(directory / "reward"), n_epochs=1,
                            rollout_micro_batch_size=4, samples_every=0)  # fmt: skip
         cfg = STAGES[stage].Config(**values | changes | dict(out_dir=str(directory / f"{stage}-{len(rows)}")))
-        plan = Plan(stage, cfg, processes, getattr(torch, cfg.dtype), tokenizer.n_vocab, on_cpu=True).peak / 1e9
+        plan = Plan(stage, cfg, processes, getattr(torch, cfg.dtype), tokenizer.n_vocab).peak / 1e9
         seen = measure(stage, vars(cfg), processes, directory) / 1e9
         names = ", ".join(f"{name}={value}" for name, value in changes.items())
         rows.append(f"| {stage} | {processes} | {names} | {plan:.2f} GB | {seen:.2f} GB | {plan / seen:.2f} |")
