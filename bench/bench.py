@@ -6,7 +6,8 @@
 --data: a directory with pythia_tokenizer.json and tldr_sample/ (posts and judged pairs as jsonl); without it the
 embedded toy data is used, whose queries are short. Weights are random, written once in the hub's layout, and loaded by
 both sides. Each side is a process of its own (bench/sides.py) that waits while the other works. The first unit of
-each is a warm-up, and a check: greedy tokens, or the first loss, must agree in float32.
+each is a warm-up, and a check: greedy tokens, or the first loss, must agree in float32 (PPO, which samples first, has
+none).
 Run it alone: threads that wait spin for a while (OpenMP's default), and beside other work both sides crawl.
 
 `generate`: a batch of responses, all of full length. `sft`, `rm`, `dpo`: an update. `ppo`: an update with its rollout.
