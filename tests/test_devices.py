@@ -36,7 +36,7 @@ class Away(torch.Tensor):
         form = dict(strides=here.stride(), storage_offset=here.storage_offset(), dtype=here.dtype)
         return torch.Tensor._make_wrapper_subclass(cls, here.shape, device=AWAY, **form)
 
-    is_meta = False
+    is_meta = False  # it has values
 
     def __init__(self, here):
         self.here = here
@@ -132,7 +132,7 @@ CASES = {
     "rm, rankings": (rm, dict(data="ranked", eval_split="", normalize_data="")),
     "dpo": (dpo, dict(sft_coef=0.5, activation_checkpointing=True)),
     "ppo": (ppo, dict(samples_every=1, save_every=1)),
-    "ppo, options": (ppo, EVERYTHING | dict(episodes=40, whiten_rewards=True)),
+    "ppo, options": (ppo, EVERYTHING | dict(episodes=32, n_epochs=1, whiten_rewards=True)),
     "ppo, another end": (ppo, dict(truncate_token=13, truncate_after=2, n_minibatches=2)),
 }
 
