@@ -205,7 +205,8 @@ class AdaptiveKLController:
 
 
 def forward(run, cfg, model, queries, batch, index, with_entropy=False):
-    """A policy's pass over the rows `index`, each cut one token behind EOS, where the last value that counts is read.
+    """A policy's pass over the rows `index`, each cut one token behind EOS: the last value that counts is read at EOS,
+    in the column that predicts that token.
 
     Returns ids (B, T) and select (B, R'), for the other models' passes; logprobs (B, R'); entropy (B, R') or None.
     """
