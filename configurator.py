@@ -15,17 +15,35 @@ import difflib
 import inspect
 import re
 import sys
+from dataclasses import dataclass
 from math import inf, ulp
 from pathlib import Path
 from types import ModuleType
 from typing import NewType, get_args
 
-Count, Positive = NewType("Count", int), NewType("Positive", float)
-Share, Signed = NewType("Share", float), NewType("Signed", float)
-# type of a field: the least value, what all values lie below, and the words for both
-LIMITS = {int: (0, 2**53, "int from 0"), Count: (1, 2**53, "int from 1"),
-          float: (0, inf, "finite float from 0"), Positive: (ulp(0.0), inf, "finite float above 0"),
-          Share: (0, 1, "float from 0 and below 1"), Signed: (-sys.float_info.max, inf, "finite float")}  # fmt: skip
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a field takes: low <= value < high. `words` says the same in messages."""
+
+    low: float
+    high: float
+    words: str
+
+
+Count = NewType("Count", int)
+Positive = NewType("Positive", float)
+Share = NewType("Share", float)
+Signed = NewType("Signed", float)
+
+RANGES = {
+    int: Range(0, 2**53, "int from 0"),
+    Count: Range(1, 2**53, "int from 1"),
+    float: Range(0, inf, "finite float from 0"),
+    Positive: Range(ulp(0.0), inf, "finite float above 0"),
+    Share: Range(0, 1, "float from 0 and below 1"),
+    Signed: Range(-sys.float_info.max, inf, "finite float"),
+}
 
 
 class UserError(SystemExit):
@@ -52,52 +70,68 @@ def explain(line, *errors):
         yield
     except errors as error:
         reason = str(error.__cause__ or error).strip().split("\n")[0]
-        own = reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"
-        raise UserError(f"{line}: {own}") from None
+        if not isinstance(error, UserError):
+            reason = f"{type(error).__name__}: {reason}"
+        raise UserError(f"{line}: {reason}") from None
 
 
 def configure(Config, argv=None):
     """Build `Config` from its defaults, then config files, then --key=value.
 
-    Config: a dataclass whose fields are bool, str, a Literal of some texts, or a number of a type in LIMITS.
+    Config: a dataclass whose fields are bool, str, a Literal of some texts, or a number of a type in RANGES.
     argv:   arguments; None means sys.argv[1:]. `--flag` alone means True; `--help` prints the fields and exits.
     Raises UserError for an unknown key, a wrong type or an unreadable file.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv:
         print(describe(Config))
         sys.exit(0)
+
     values = {field.name: field.default for field in dataclasses.fields(Config)}
-    for path in (argument for argument in argv if not argument.startswith("-")):
-        values = read_file(Config, path, values)
-    for argument in (argument for argument in argv if argument.startswith("-")):
-        match = re.fullmatch(r"--([A-Za-z]\w*)(?:=(.*))?", argument, re.DOTALL)
-        require(match, f"{argument}: not an option; write --key=value (or --flag)")
-        key, text = match.groups()
-        values[key] = parse(field_of(Config, key, "command line"), text)
+    # Options win over files, wherever they stand.
+    for argument in sorted(argv, key=lambda argument: argument.startswith("-")):
+        read = read_option if argument.startswith("-") else read_file
+        values.update(read(Config, argument, values))
     return Config(**values)
 
 
 def read_file(Config, path, values):
-    """Run a config file on top of `values` (which it can read) and return the new values."""
+    """Run a config file, which can read the `values` so far; return what holds after it: {field: value}."""
     names = dict(values)
     with explain(f"config file {path} cannot be read, give a .py file; or is it a value? --key=value", OSError):
         text = Path(path).read_bytes()
     with explain(f"config file {path}: write one `key = value` per line", Exception, SystemExit):
         tree = ast.parse(text, path)
-        for node in tree.body[ast.get_docstring(tree) is not None :]:  # `lr: 1e-5` and `lr == 1e-5` are valid Python
-            nothing = isinstance(node, ast.Expr) or (isinstance(node, ast.AnnAssign) and not node.value)
-            require(not nothing, f"line {node.lineno} sets nothing")
+        # `lr: 1e-5` and `lr == 1e-5` are valid Python, too.
+        body = tree.body[1:] if ast.get_docstring(tree) else tree.body
+        for node in body:
+            is_annotation = isinstance(node, ast.AnnAssign) and node.value is None
+            sets_nothing = isinstance(node, ast.Expr) or is_annotation
+            require(not sets_nothing, f"line {node.lineno} sets nothing")
         exec(compile(tree, path, "exec"), names)
-    found = {key: value for key, value in names.items() if key[0] != "_" and not isinstance(value, ModuleType)}
     with explain(f"config file {path}", ValueError):
-        return values | {key: check(field_of(Config, key, path), value, path) for key, value in found.items()}
+        return {
+            key: check(field_of(Config, key, path), value, path)
+            for key, value in names.items()
+            if not key.startswith("_") and not isinstance(value, ModuleType)
+        }
+
+
+def read_option(Config, argument, values):
+    """--key=value, or --flag alone -> {key: value}."""
+    match = re.fullmatch(r"--([A-Za-z]\w*)(?:=(.*))?", argument, re.DOTALL)
+    require(match, f"{argument}: not an option; write --key=value (or --flag)")
+    key, text = match.groups()
+    return {key: parse(field_of(Config, key, "command line"), text)}
 
 
 def field_of(Config, key, where):
+    """The field named `key`; an unknown key is an error that names the nearest ones."""
     fields = {field.name: field for field in dataclasses.fields(Config)}
-    near = ", ".join(difflib.get_close_matches(key, fields, n=3, cutoff=0.4) or sorted(fields))
-    require(key in fields, f"{where}: unknown key '{key}'; did you mean {near}? (--help lists all keys)")
+    if key not in fields:
+        near = difflib.get_close_matches(key, fields, n=3, cutoff=0.4) or sorted(fields)
+        raise UserError(f"{where}: unknown key '{key}'; did you mean {', '.join(near)}? (--help lists all keys)")
     return fields[key]
 
 
@@ -107,28 +141,49 @@ def parse(field, text):
         return text is None or text.lower() == "true"
     require(text is not None, f"--{field.name} needs a value, for example --{field.name}={field.default}")
     value = text
-    with contextlib.suppress(ValueError):  # else it stays a text, and is of the wrong type
-        value = {int: int, float: float}.get(getattr(field.type, "__supertype__", field.type), str)(text)
+    if kind_of(field) in (int, float):
+        # What is no number stays a text, which `check` then refuses by name.
+        with contextlib.suppress(ValueError):
+            value = kind_of(field)(text)
     return check(field, value)
+
+
+def kind_of(field):
+    """The Python type of a field's values."""
+    if get_args(field.type):  # a Literal of some texts
+        return str
+    return getattr(field.type, "__supertype__", field.type)
 
 
 def check(field, value, where="command line"):
     """Return `value` if it has the field's type (an int is accepted for a float); else raise UserError."""
-    choices = get_args(field.type)
-    kind = str if choices else getattr(field.type, "__supertype__", field.type)
-    low, high, wanted = LIMITS.get(field.type, (None, None, kind.__name__))
+    kind = kind_of(field)
     if kind is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
-    takes = f"takes {wanted}, got {type(value).__name__} ({value!r})"
-    fits = type(value) is kind and (field.type not in LIMITS or low <= value < high)
-    require(fits, f"{where}: '{field.name}' {takes}; write for example {field.default!r}")
-    require(not choices or value in choices, f"{where}: '{field.name}' is {value!r}; use one of {', '.join(choices)}")
+
+    fits = type(value) is kind
+    words = kind.__name__
+    if field.type in RANGES:
+        limits = RANGES[field.type]
+        fits = fits and limits.low <= value < limits.high
+        words = limits.words
+    wrong = f"takes {words}, got {type(value).__name__} ({value!r}); write for example {field.default!r}"
+    require(fits, f"{where}: '{field.name}' {wrong}")
+
+    choices = get_args(field.type)
+    if choices:
+        require(value in choices, f"{where}: '{field.name}' is {value!r}; use one of {', '.join(choices)}")
     return value
 
 
 def describe(Config):
     """The fields with their defaults and the comments that stand beside them in the source."""
-    sources = "".join(inspect.getsource(cls) for cls in reversed(Config.__mro__) if dataclasses.is_dataclass(cls))
-    comments = dict(re.findall(r"^\s+(\w+)\s*:.*?\s{2}#\s(.*)$", sources, re.MULTILINE))
-    lines = [f"--{f.name}={f.default!r}".ljust(44) + f" {comments.get(f.name, '')}" for f in dataclasses.fields(Config)]
-    return "\n".join(["usage: [config/x.py ...] [--key=value ...]", f"{Config.__module__}.{Config.__name__}", *lines])
+    comments = {}
+    for cls in reversed(Config.__mro__):
+        if dataclasses.is_dataclass(cls):
+            comments.update(re.findall(r"^\s+(\w+)\s*:.*?\s{2}#\s(.*)$", inspect.getsource(cls), re.MULTILINE))
+    lines = ["usage: [config/x.py ...] [--key=value ...]", f"{Config.__module__}.{Config.__name__}"]
+    for field in dataclasses.fields(Config):
+        option = f"--{field.name}={field.default!r}"
+        lines.append(f"{option:44} {comments.get(field.name, '')}")
+    return "\n".join(lines)

@@ -19,21 +19,113 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-import runtime
 from configurator import Share, configure
-from data import last_scalars
-from evals.tables import accuracy_table, eos_rewards, report
+from data import collate, last_scalars
+from evals.tables import accuracy_table, report
 from model import ScalarModel
+from runtime import Run, TrainConfig, backward, load_model, load_split, optimizer_step, stage, start
 
 
 @dataclass
-class Config(runtime.TrainConfig):
+class Config(TrainConfig):
+    # ---- models
     model: str = "out/sft_1b/final"  # the SFT model: hub id or directory
+    # ---- data
     data: str = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"  # hub id, directory or file with {split}
+    # ---- reward
     normalize_data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # its references get mean reward 0
     normalize_std: bool = False  # and deviation 1, before training and after (arXiv:1909.08593); needs normalize_data
+    # ---- loss
     target_clamp: float = 0.5  # keep target probabilities within 0.5 -+ this (arXiv:2212.08073: 0.1); 0.5: as they are
     label_noise: Share = 0.0  # share of labels that are the toss of a coin (arXiv:1706.03741: 0.1)
+
+
+@stage
+def main(cfg):
+    world, data = start(cfg, n_responses=2, ranked=True)
+    references = None
+    if cfg.normalize_data:
+        references = load_split(cfg, world, data.tokenizer, cfg.normalize_data, cfg.train_split, n_responses=1)
+    model = load_model(cfg, world, data.tokenizer.n_vocab, ScalarModel, cfg.model, trainable=True, new_head=True)
+    run = Run(cfg, world, data, {"model": model})
+    for step in run.train():
+        if step == 0 and references and cfg.normalize_std:
+            normalize(run, cfg, model, references)
+        metrics = update(run, cfg, model)
+        metrics.update(optimizer_step(run))
+        run.log(metrics, watch=("loss/rm", "train/accuracy"))
+
+    metrics = {}
+    details = {}
+    table = {}
+    if references:
+        metrics = normalize(run, cfg, model, references)
+        after = mean_and_std(run, cfg, model, references)
+        details = {"normalize/mean_after": after[0], "normalize/std_after": after[1]}
+    if run.held_out:
+        predicted = predict(run, cfg, model, run.held_out)
+        table = accuracy_table(run.held_out, predicted["margin"])
+        if table:  # {}: all are ties
+            metrics["eval/accuracy"] = table["all"]["accuracy"]
+        metrics["eval/loss"] = predicted["loss"].mean().item()
+        details.update(eos_rewards(run, cfg, model, run.held_out.select(range(min(1024, len(run.held_out))))))
+    report(run, metrics, table, details)
+    run.export(model)
+
+
+def update(run, cfg, model):
+    """Accumulate the gradient of this step's batch; returns its loss, accuracy and mean margin (best against worst)."""
+    batch = run.rows.select(run.batch_indices())
+    parts = []
+    for indices in run.micro_batches(batch["length"]):
+        out = forward(cfg, model, batch[indices], run.world.device)
+        loss = out["loss"].sum() / cfg.batch_size
+        backward(run, loss, indices)
+        margin = out["margin"]
+        parts.append({
+            "loss/rm": loss,
+            "train/accuracy": (margin > 0).sum() / cfg.batch_size,
+            "train/margin": margin.sum() / cfg.batch_size,
+        })  # fmt: skip
+    return run.world.sum_scalars(parts)
+
+
+def forward(cfg, model, rows, device):
+    """Reward the responses of rows (a dict of columns) in one forward pass.
+
+    Returns a dict of tensors (B,): loss, the best response's reward, and margin, its distance to the worst one's.
+    """
+    queries = []
+    responses = []
+    counts = []
+    for query, ranked in zip(rows["query"], rows["responses"]):
+        queries += [query] * len(ranked)
+        responses += ranked
+        counts.append(len(ranked))
+    rewards = last_scalars([model], device, queries, responses).split(counts)
+    rewards = torch.nn.utils.rnn.pad_sequence(rewards, batch_first=True)  # (B, K), 0 where a row has fewer
+    counts = torch.tensor(counts, device=device)
+    target = torch.tensor(rows["target"], device=device)
+    target = target.clamp(0.5 - cfg.target_clamp, 0.5 + cfg.target_clamp)
+
+    best = rewards[:, 0]
+    worst = rewards.gather(1, counts[:, None] - 1)[:, 0]
+    loss = ranking_loss(rewards, target[:, None], counts, cfg.label_noise)
+    return {"loss": loss, "best": best, "margin": best - worst}
+
+
+def ranking_loss(rewards, target=1.0, counts=None, noise=0.0):
+    """Mean over all pairs of K ranked responses, rewards (B, K) best first; returns (B,). (arXiv:2203.02155 eq. 1)
+
+    target: a number or (B, 1). counts (B,): how many of a row's K are real, if rows rank different numbers.
+    """
+    n_responses = rewards.shape[1]
+    better, worse = torch.triu_indices(n_responses, n_responses, offset=1, device=rewards.device)
+    losses = preference_loss(rewards[:, better], rewards[:, worse], target, noise)
+    if counts is None:
+        return losses.mean(1)
+    real = worse < counts[:, None]
+    return (losses * real).sum(1) / real.sum(1)
 
 
 def preference_loss(chosen, rejected, target=1.0, noise=0.0):
@@ -43,53 +135,28 @@ def preference_loss(chosen, rejected, target=1.0, noise=0.0):
     that the labeller tosses a coin, P = (1 - noise) sigmoid + noise / 2. (arXiv:1706.03741 section 2.2.3)
     """
 
-    def log_p(d):
-        return torch.log((1 - noise) * torch.sigmoid(d) + noise / 2) if noise else F.logsigmoid(d)
+    def log_p(margin):
+        if noise:
+            return torch.log((1 - noise) * torch.sigmoid(margin) + noise / 2)
+        return F.logsigmoid(margin)
 
     margin = chosen - rejected
     return -(target * log_p(margin) + (1 - target) * log_p(-margin))
 
 
-def ranking_loss(rewards, target=1.0, counts=None, noise=0.0):
-    """Mean over all pairs of K ranked responses, rewards (B, K) best first; returns (B,). (arXiv:2203.02155 eq. 1)
-
-    target: a number or (B, 1). counts (B,): how many of a row's K are real, if rows rank different numbers.
-    """
-    better, worse = torch.triu_indices(rewards.shape[1], rewards.shape[1], offset=1, device=rewards.device)
-    losses = preference_loss(rewards[:, better], rewards[:, worse], target, noise)
-    real = torch.ones_like(losses) if counts is None else worse < counts[:, None]
-    return (losses * real).sum(1) / real.sum(1)
-
-
-def forward(cfg, model, rows, device):
-    """Reward the responses of rows (a dict of columns) in one forward pass.
-
-    Returns a dict of tensors (B,): loss, the best response's reward, and margin, its distance to the worst one's.
-    """
-    counts = [len(row) for row in rows["responses"]]
-    flat = [(query, response) for query, row in zip(rows["query"], rows["responses"]) for response in row]
-    rewards = last_scalars([model], device, *zip(*flat)).split(counts)
-    rewards = torch.nn.utils.rnn.pad_sequence(rewards, batch_first=True)  # (B, K), 0 where a row has fewer
-    counts, target = torch.tensor(counts, device=device), torch.tensor(rows["target"], device=device)
-    target = target.clamp(0.5 - cfg.target_clamp, 0.5 + cfg.target_clamp)
-    loss = ranking_loss(rewards, target[:, None], counts, cfg.label_noise)
-    return dict(loss=loss, best=rewards[:, 0], margin=rewards[:, 0] - rewards.gather(1, counts[:, None] - 1)[:, 0])
-
-
-def update(run, cfg, model, rows):
-    """Accumulate the gradient of the batch `rows`; returns its loss, accuracy and mean margin (best against worst)."""
-    parts = []
-    for index in run.accumulate(rows["length"], cfg.micro_batch_size):
-        out = forward(cfg, model, rows[index], run.device)
-        loss, right, margin = (x.sum() / cfg.batch_size for x in (out["loss"], out["margin"] > 0, out["margin"]))
-        runtime.backward(run, loss, index)
-        parts.append({"loss/rm": loss, "train/accuracy": right, "train/margin": margin})
-    return run.sum(parts)
-
-
 def predict(run, cfg, model, rows):
     """What `forward` returns, for every row of a data set, on every rank: a dict of tensors (n,)."""
-    return run.map_rows(lambda i: forward(cfg, model, rows[i], run.device), rows["length"], cfg.micro_batch_size)
+
+    def measure(indices):
+        return forward(cfg, model, rows[indices], run.world.device)
+
+    return run.world.map_rows(measure, rows["length"], cfg.micro_batch_size)
+
+
+def mean_and_std(run, cfg, model, rows):
+    """Mean and standard deviation (biased) of the rewards of the rows' best responses."""
+    rewards = predict(run, cfg, model, rows)["best"].double()
+    return rewards.mean().item(), rewards.std(correction=0).item()
 
 
 @torch.no_grad()
@@ -99,8 +166,7 @@ def normalize(run, cfg, model, rows):
     With cfg.normalize_std the weight too, for a standard deviation of 1 (arXiv:1909.08593: gain and bias).
     Returns their mean and standard deviation as they were before.
     """
-    rewards = predict(run, cfg, model, rows)["best"].double()
-    mean, std = rewards.mean().item(), rewards.std(correction=0).item()
+    mean, std = mean_and_std(run, cfg, model, rows)
     model.score.bias.sub_(mean)
     if cfg.normalize_std:
         model.score.bias.div_(std)
@@ -108,29 +174,30 @@ def normalize(run, cfg, model, rows):
     return {"normalize/mean": mean, "normalize/std": std}
 
 
-@runtime.stage
-def main(cfg):
-    run = runtime.start(cfg, n_responses=2, ranked=True)
-    references = cfg.normalize_data and run.load(cfg.normalize_data, cfg.train_split, n_responses=1)
-    model = runtime.load_model(run, ScalarModel, cfg.model, trainable=True, new_head=True)
-    for step in run.train({"model": model}):
-        if step == 0 and references and cfg.normalize_std:
-            normalize(run, cfg, model, references)
-        metrics = update(run, cfg, model, run.rows.select(run.batch()))
-        run.log(metrics | runtime.optimizer_step(run), watch=("loss/rm", "train/accuracy"))
-    metrics, details, table = {}, {}, {}
-    if references:
-        metrics = normalize(run, cfg, model, references)
-        after = predict(run, cfg, model, references)["best"].double()
-        details = {"normalize/mean_after": after.mean().item(), "normalize/std_after": after.std(correction=0).item()}
-    if run.held_out:
-        out = predict(run, cfg, model, run.held_out)
-        table = accuracy_table(run.held_out, out["margin"])
-        accuracy = {"eval/accuracy": table["all"]["accuracy"]} if table else {}  # {}: all are ties
-        metrics |= {**accuracy, "eval/loss": out["loss"].mean().item()}
-        details |= eos_rewards(run, cfg, model, run.held_out.select(range(min(1024, len(run.held_out)))))
-    report(run, metrics, table, **details)
-    runtime.export(run, model)
+def eos_rewards(run, cfg, model, rows):
+    """Mean reward of the best responses at EOS and at their other tokens, which were never trained (detail 13); and the
+    share of those others that are negative.
+    """
+
+    def measure(indices):
+        micro = rows[indices]
+        best = [responses[0] for responses in micro["responses"]]
+        ids, select, _, mask = collate(micro["query"], best, run.world.device)
+        rewards = model(ids, (select + 1).clamp(max=ids.shape[1] - 1)) * mask  # (B, R), each token's own
+        lengths = mask.sum(1)
+        at_eos = rewards.gather(1, lengths[:, None] - 1)[:, 0]
+        others = (lengths - 1).clamp(min=1)
+        negative = (rewards < 0).sum(1) - (at_eos < 0).int()
+        return {
+            "reward/at_eos": at_eos,
+            "reward/elsewhere": (rewards.sum(1) - at_eos) / others,
+            "reward/elsewhere_negative": negative / others,
+        }
+
+    means = {}
+    for name, column in run.world.map_rows(measure, rows["length"], cfg.micro_batch_size).items():
+        means[name] = column.mean().item()
+    return means
 
 
 if __name__ == "__main__":

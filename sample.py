@@ -1,10 +1,10 @@
-"""Sample from a model and say how it does; or let judges compare two files of samples.
+"""Sample from a model and say how it does.
 
     python sample.py --model=out/ppo_1b/final --prompt=$'SUBREDDIT: r/tifu\n\nTITLE: ...\n\nTL;DR:'
     python sample.py config/toy_sample.py --model=out/toy/ppo/final --out_dir=out/toy/ppo/samples
     torchrun --nproc_per_node=8 sample.py --model=out/ppo_1b/final --reward_model=out/rm_1b/final --out_dir=out/samples
     python sample.py --model=out/sft_1b/step_300,out/sft_1b/step_600 --reward_model=out/rm_1b/final --out_dir=out/best
-    python sample.py --judge=out/rm_1b/final --samples=out/samples/samples.jsonl           (more: evals/winrate.py)
+    python sample.py --judge=out/rm_1b/final --samples=out/samples/samples.jsonl           (see evals/winrate.py)
 
 Over a split it prints one table per model; of the one with the best score it writes out_dir/samples.jsonl (query,
 response, reference, tokens, reference_tokens, length_ratio, eos; with reward_model score and reference_score; with
@@ -16,54 +16,63 @@ differs: the reference takes ROUGE per evaluation batch, from the middle of boot
 over all rows, which is what those estimate.
 """
 
+import runpy
+import sys
 from dataclasses import dataclass
 
-import runtime
 from configurator import Count, configure, require
-from data import Tokenizer
-from evals.samples import complete, evaluate, measure
-from model import write_json
+from evals.samples import complete, evaluate
+from hub.files import write_json, write_jsonl
+from hub.tokenizer import Tokenizer
+from runtime import RunConfig, World, open_directory, stage
 
 
 @dataclass
-class Config(runtime.RunConfig):
+class Config(RunConfig):
+    # ---- models
     model: str = "out/ppo_1b/final"  # what to sample from: hub id or directory; of a,b,c the one with the best score
     reward_model: str = ""  # scores responses and references, if given; a,b,c: the mean of these
     reference: str = ""  # KL is measured to this model, if given
-    prompt: str = ""  # a text to continue, or - for each line of stdin (\n: a line break); empty: use data
+    # ---- queries
     data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # hub id, directory or file with {split}
     split: str = "validation"  # the rows to sample for; validation[:100]: the first hundred
+    prompt: str = ""  # a text to continue, or - for each line of stdin (\n: a line break); empty: use data
+    # ---- sampling
     response_length: Count = 53  # tokens sampled at most
     temperature: float = 0.7  # 0: greedy
     micro_batch_size: Count = 64  # rows per forward pass and process
     best_of: Count = 1  # responses drawn for each query; the one with the best score is kept
-    compare: int = 0  # show so many responses, their tokens coloured by log p - log p of `reference`
-    judge: str = ""  # who compares `samples` (evals/winrate.py lists who can); a,b: each, and how often they agree
-    samples: str = ""  # a samples.jsonl, whose responses meet their references; a,b: those of a meet those of b
+    # ---- results
     out_dir: str = ""  # where all files go; empty: only print
+    compare: int = 0  # show so many responses, their tokens coloured by log p - log p of `reference`
 
 
-@runtime.stage
+@stage
 def main(cfg):
-    run, sources = runtime.Run(cfg), cfg.model.split(",")
+    world = World(cfg)
+    sources = cfg.model.split(",")
     if cfg.out_dir and not cfg.prompt:
-        runtime.open_directory(run)
-    if cfg.judge:
-        from evals.winrate import judge_all  # here, since nothing else needs it
-
-        return judge_all(run, measure)
-    alone = len(sources) == cfg.best_of == 1
-    require(alone or (cfg.reward_model and not cfg.prompt), "several models, or best_of, need a reward_model and data")
+        out_dir = open_directory(cfg, world)
+    alone = len(sources) == 1 and cfg.best_of == 1
+    scored = cfg.reward_model and not cfg.prompt
+    require(alone or scored, "several models, or best_of, need a reward_model and data")
     require(cfg.reference or not cfg.compare, "compare needs a model to compare with; give its directory as reference")
-    run.tokenizer = Tokenizer.load(sources[0])
+
+    tokenizer = Tokenizer.load(sources[0])
     if cfg.prompt:
-        return complete(run, cfg)
-    rows, summary = max((evaluate(run, cfg, source) for source in sources), key=lambda result: result[1].get("score"))
-    if cfg.out_dir and run.is_main:
-        runtime.write_jsonl(run.out_dir / "samples.jsonl", rows)
-        write_json(run.out_dir / "summary.json", summary)
-        print(f"wrote {run.out_dir}/samples.jsonl")
+        complete(cfg, world, tokenizer)
+        return
+    results = [evaluate(cfg, world, tokenizer, source) for source in sources]
+    rows, summary = max(results, key=lambda result: result[1].get("score"))
+    if cfg.out_dir and world.is_main:
+        write_jsonl(out_dir / "samples.jsonl", rows)
+        write_json(out_dir / "summary.json", summary)
+        print(f"wrote {out_dir}/samples.jsonl")
 
 
 if __name__ == "__main__":
-    main(configure(Config))
+    if any(argument.startswith("--judge") for argument in sys.argv):
+        # Judging is a script of its own.
+        runpy.run_module("evals.winrate", run_name="__main__", alter_sys=True)
+    else:
+        main(configure(Config))

@@ -14,24 +14,85 @@ of the whole batch, which gives the same mean over sequences for any micro-batch
 from dataclasses import dataclass
 from typing import Literal
 
-import runtime
 from configurator import Count, configure
 from data import collate
 from model import GPTNeoX
+from runtime import Run, TrainConfig, backward, load_model, optimizer_step, stage, start
 
 
 @dataclass
-class Config(runtime.TrainConfig):
+class Config(TrainConfig):
+    # ---- models
     model: str = "EleutherAI/pythia-1b-deduped"  # hub id or directory
-    data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # hub id, directory, or file with {split} in its path
-    batch_size: Count = 128  # rows per update, over all processes
-    max_length: int = 562  # tokens of query + response; a longer row is an error; 0: any
-    eval_every: int = 0  # updates between evaluations; 0: only after the last
-    export_every: int = 0  # updates between models in out_dir/step_N, for sample.py to choose from; 0: only the last
-    loss_on: Literal["all", "response"] = "all"  # all: query and response, as the reference; or the response alone
-    reduction: Literal["sequence", "token"] = "sequence"  # mean over rows of the row's mean, as the reference; over all
     tokenizer: str = ""  # hub id, directory or tokenizer.json; empty: the model's
     scratch: bool = False  # begin with random weights; of `model` only config.json is read
+    # ---- data
+    data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # hub id, directory, or file with {split} in its path
+    max_length: int = 562  # tokens of query + response; a longer row is an error; 0: any
+    # ---- batch
+    batch_size: Count = 128  # rows per update, over all processes
+    # ---- loss
+    loss_on: Literal["all", "response"] = "all"  # all: query and response, as the reference; or the response alone
+    reduction: Literal["sequence", "token"] = "sequence"  # mean over rows of the row's mean, as the reference; over all
+    # ---- logging
+    eval_every: int = 0  # updates between evaluations; 0: only after the last
+    export_every: int = 0  # updates between models in out_dir/step_N, for sample.py to choose from; 0: only the last
+
+
+@stage
+def main(cfg, inputs=None):
+    """inputs: a function like `model_inputs`, in its place."""
+    world, data = start(cfg, n_responses=1, tokenizer=cfg.tokenizer)
+    n_vocab = data.tokenizer.n_vocab
+    model = load_model(cfg, world, n_vocab, GPTNeoX, cfg.model, trainable=True, scratch=cfg.scratch)
+    inputs = inputs or model_inputs
+    run = Run(cfg, world, data, {"model": model})
+    for step in run.train():
+        metrics = {}
+        if run.held_out and cfg.eval_every and step % cfg.eval_every == 0:
+            metrics = evaluate(run, cfg, model, inputs)
+        metrics.update(update(run, cfg, model, inputs))
+        metrics.update(optimizer_step(run))
+        run.log(metrics, watch=("loss/sft", "lr"))
+        if cfg.export_every and (step + 1) % cfg.export_every == 0:
+            run.export(model, f"step_{step + 1}")
+
+    if run.held_out:
+        run.log(evaluate(run, cfg, model, inputs), watch=("eval/loss",))
+    run.export(model)
+
+
+def update(run, cfg, model, inputs):
+    """Accumulate the gradient of this step's batch; returns its loss."""
+    batch = run.rows.select(run.batch_indices())
+    n_tokens = count_tokens(batch, cfg.loss_on)
+    parts = []
+    for indices in run.micro_batches(batch["length"]):
+        ids, select, targets, mask = inputs(batch[indices], cfg.loss_on, run.world.device)
+        logprobs = model.logprobs(ids, select, targets)  # (B, R)
+        weights = loss_weights(mask, cfg.reduction, cfg.batch_size, n_tokens)
+        loss = -(logprobs * weights).sum()
+        backward(run, loss, indices)
+        parts.append({"loss/sft": loss})
+    return run.world.sum_scalars(parts)
+
+
+def count_tokens(batch, loss_on):
+    """How many tokens of the batch are predicted."""
+    if loss_on == "all":
+        return sum(length - 1 for length in batch["length"])
+    return sum(len(responses[0]) for responses in batch["responses"])
+
+
+def model_inputs(rows, loss_on, device):
+    """Rows of a data set -> ids, select, targets, mask. The first token of all is never predicted."""
+    queries = rows["query"]
+    responses = [responses[0] for responses in rows["responses"]]
+    if loss_on == "all":
+        whole = [query + response for query, response in zip(queries, responses)]
+        queries = [ids[:1] for ids in whole]
+        responses = [ids[1:] for ids in whole]
+    return collate(queries, responses, device)
 
 
 def loss_weights(mask, reduction, n_rows, n_tokens):
@@ -41,52 +102,21 @@ def loss_weights(mask, reduction, n_rows, n_tokens):
     return mask / mask.sum(1, keepdim=True) / n_rows
 
 
-def model_inputs(rows, loss_on, device):
-    """Rows of a data set -> ids, select, targets, mask. The first token of all is never predicted."""
-    pairs = [(query, responses[0]) for query, responses in zip(rows["query"], rows["responses"])]
-    if loss_on == "all":
-        pairs = [((query + response)[:1], (query + response)[1:]) for query, response in pairs]
-    return collate(*zip(*pairs), device)
-
-
-def update(run, cfg, model, rows):
-    """Accumulate the gradient of the batch `rows`; returns the batch's loss."""
-    n_tokens = sum(n - 1 if cfg.loss_on == "all" else len(r[0]) for n, r in zip(rows["length"], rows["responses"]))
-    parts = []
-    for index in run.accumulate(rows["length"], cfg.micro_batch_size):
-        ids, select, targets, mask = model_inputs(rows[index], cfg.loss_on, run.device)
-        logprobs = model.logprobs(ids, select, targets)  # (B, R)
-        loss = -(logprobs * loss_weights(mask, cfg.reduction, cfg.batch_size, n_tokens)).sum()
-        runtime.backward(run, loss, index)
-        parts.append({"loss/sft": loss})
-    return run.sum(parts)
-
-
-def evaluate(run, cfg, model, rows):
+def evaluate(run, cfg, model, inputs):
     """Loss on held-out rows, reduced as in training."""
+    rows = run.held_out
 
-    def nll(index):
-        ids, select, targets, mask = model_inputs(rows[index], cfg.loss_on, run.device)
-        return {"nll": -(model.logprobs(ids, select, targets) * mask).sum(1), "tokens": mask.sum(1)}
+    def measure(indices):
+        ids, select, targets, mask = inputs(rows[indices], cfg.loss_on, run.world.device)
+        logprobs = model.logprobs(ids, select, targets)
+        return {"nll": -(logprobs * mask).sum(1), "tokens": mask.sum(1)}
 
-    nll, tokens = run.map_rows(nll, rows["length"], cfg.micro_batch_size).values()
-    return {"eval/loss": (nll.sum() / tokens.sum() if cfg.reduction == "token" else (nll / tokens).mean()).item()}
-
-
-@runtime.stage
-def main(cfg):
-    run = runtime.start(cfg, n_responses=1, tokenizer=cfg.tokenizer)
-    model = runtime.load_model(run, GPTNeoX, cfg.model, trainable=True, scratch=cfg.scratch)
-    for step in run.train({"model": model}):
-        now = run.held_out and cfg.eval_every and step % cfg.eval_every == 0
-        metrics = evaluate(run, cfg, model, run.held_out) if now else {}
-        metrics |= update(run, cfg, model, run.rows.select(run.batch()))
-        run.log(metrics | runtime.optimizer_step(run), watch=("loss/sft", "lr"))
-        if cfg.export_every and (step + 1) % cfg.export_every == 0:
-            runtime.export(run, model, f"step_{step + 1}")
-    if run.held_out:
-        run.log(evaluate(run, cfg, model, run.held_out), watch=("eval/loss",))
-    runtime.export(run, model)
+    sums = run.world.map_rows(measure, rows["length"], cfg.micro_batch_size)
+    if cfg.reduction == "token":
+        loss = sums["nll"].sum() / sums["tokens"].sum()
+    else:
+        loss = (sums["nll"] / sums["tokens"]).mean()
+    return {"eval/loss": loss.item()}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-# torchrun --nproc_per_node=8 ppo.py config/ppo_1b.py config/ppo_max.py --out_dir=out/ppo_max_1b
+# torchrun --nproc_per_node=8 -m variants.ppo_max config/ppo_1b.py config/ppo_max.py --out_dir=out/ppo_max_1b
 # PPO-max (arXiv:2307.04964) on top of any size. 128 rows = 8 GPUs x 4 minibatches x 4 rows, passed over once.
 # Where the paper gives no number, or its released code another one, the line says so.
 batch_size = 128  # a small buffer of experience: 128 rollouts,

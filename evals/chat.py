@@ -44,17 +44,23 @@ Verdict: tie"""
 
 
 def prompt_for(pair, swapped):
-    a, b = pair["response"].strip(), pair["other"].strip()
-    return PROMPT.format(query=pair["query"], a=b if swapped else a, b=a if swapped else b)
+    first = pair["response"].strip()
+    second = pair["other"].strip()
+    if swapped:
+        first, second = second, first
+    return PROMPT.format(query=pair["query"], a=first, b=second)
 
 
 def parse_verdict(reply, swapped):
     """1.0 if the reply prefers the pair's response, 0.0 the other, 0.5 neither; None if it is not one clear verdict."""
     found = re.findall(r"verdict\W+(?:summary\W+)?(a|b|tie)\W*$", reply or "", re.IGNORECASE | re.MULTILINE)
-    found = {word.lower() for word in found}
-    if len(found) != 1:
+    verdicts = {word.lower() for word in found}
+    if len(verdicts) != 1:
         return None
-    return {"tie": 0.5, "a": 1.0 - swapped, "b": 0.0 + swapped}[found.pop()]
+    if "tie" in verdicts:
+        return 0.5
+    prefers_first = "a" in verdicts
+    return float(prefers_first != swapped)
 
 
 def ask_all(judge, pairs, seed, cache, workers=8, timeout=60.0, retries=6):
@@ -67,35 +73,59 @@ def ask_all(judge, pairs, seed, cache, workers=8, timeout=60.0, retries=6):
     url, _, model = judge.partition("#")
     require(model, f"judge {judge}: names no model; write URL#model")
     swapped = (np.random.default_rng(seed).random(len(pairs)) < 0.5).tolist()
-    prompts = [prompt_for(*pair) for pair in zip(pairs, swapped)]
+    prompts = [prompt_for(pair, swap) for pair, swap in zip(pairs, swapped)]
     keys = [hashlib.sha256(json.dumps([model, OPTIONS, prompt]).encode()).hexdigest() for prompt in prompts]
-    with explain(f"{cache}: is no cache of replies; move it away", sqlite3.Error):
-        replies = sqlite3.connect(cache, isolation_level=None)  # each reply is on the disk when it has come
-        replies.execute("create table if not exists replies (key text primary key, reply text)")
-        known = dict(replies.execute("select key, reply from replies"))
-    missing = {key: prompt for key, prompt in zip(keys, prompts) if key not in known}
-    failed_in_a_row, pool = 0, ThreadPoolExecutor(workers)
+    replies = Replies(cache)
     try:
-        asker = Asker(judge, url, model, timeout, retries)
+        missing = {key: prompt for key, prompt in zip(keys, prompts) if key not in replies.known}
+        ask_missing(Asker(judge, url, model, timeout, retries), missing, keys, replies, workers)
+    finally:
+        replies.close()
+    found = [replies.known.get(key) for key in keys]
+    return [parse_verdict(reply, swap) for reply, swap in zip(found, swapped)], found
+
+
+class Replies:
+    """The replies that are known, {key: text}; each is on the disk as soon as it has come."""
+
+    def __init__(self, cache):
+        self.cache = cache
+        with explain(f"{cache}: is no cache of replies; move it away", sqlite3.Error):
+            self.table = sqlite3.connect(cache, isolation_level=None)
+            self.table.execute("create table if not exists replies (key text primary key, reply text)")
+            self.known = dict(self.table.execute("select key, reply from replies"))
+
+    def keep(self, key, reply):
+        self.known[key] = reply
+        with explain(f"{self.cache}: cannot keep replies; make room there", sqlite3.Error):
+            self.table.execute("insert or replace into replies values (?, ?)", (key, reply))
+
+    def close(self):
+        self.table.close()
+
+
+def ask_missing(asker, missing, keys, replies, workers):
+    """Ask for `missing`, {key: prompt}, until all are there or as many as there are workers have failed in a row."""
+    failed_in_a_row = 0
+    pool = ThreadPoolExecutor(workers)
+    try:
         futures = {pool.submit(asker, prompt): key for key, prompt in missing.items()}
         for future in as_completed(futures):
             reply, refused = future.result()
             if reply is not None:
-                known[futures[future]] = reply
-                with explain(f"{cache}: cannot keep replies; make room there", sqlite3.Error):
-                    replies.execute("insert or replace into replies values (?, ?)", (futures[future], reply))
-            n_known = sum(key in known for key in keys)
-            # to refuse a prompt is an answer, unless all are refused
-            failed_in_a_row = 0 if reply is not None or (refused and n_known) else failed_in_a_row + 1
-            gone = failed_in_a_row == (workers if n_known else min(workers, len(missing)))
-            why = f"judge {judge}: {failed_in_a_row} requests in a row had no reply ({asker.trouble})"
-            kept = f"{n_known} replies are {'lost (--out_dir keeps them)' if cache == ':memory:' else 'kept'}"
-            require(not gone, f"{why}; {kept}: mend that, and run the same command again")
+                replies.keep(futures[future], reply)
+            n_known = sum(key in replies.known for key in keys)
+            # To refuse a prompt is an answer, unless all are refused.
+            answered = reply is not None or (refused and n_known)
+            failed_in_a_row = 0 if answered else failed_in_a_row + 1
+            limit = workers if n_known else min(workers, len(missing))
+            if failed_in_a_row == limit:
+                kept = "lost (--out_dir keeps them)" if replies.cache == ":memory:" else "kept"
+                why = f"{failed_in_a_row} requests in a row had no reply ({asker.trouble})"
+                mend = "mend that, and run the same command again"
+                raise UserError(f"judge {asker.judge}: {why}; {n_known} replies are {kept}: {mend}")
     finally:
         pool.shutdown(cancel_futures=True)
-        replies.close()
-    found = [known.get(key) for key in keys]
-    return [parse_verdict(*pair) for pair in zip(found, swapped)], found
 
 
 class Asker:
@@ -104,7 +134,10 @@ class Asker:
     def __init__(self, judge, url, model, timeout, retries):
         with explain("a judge's endpoint needs the openai library; pip install openai", ImportError):
             import openai
-        self.judge, self.model, self.openai, self.trouble = judge, model, openai, ""
+        self.judge = judge
+        self.model = model
+        self.openai = openai
+        self.trouble = ""  # what the last request that failed said
         key = os.environ.get("OPENAI_API_KEY") or "none"  # a server of one's own may need none
         with explain(f"judge {judge}: no such URL", Exception):
             self.client = openai.OpenAI(base_url=url, api_key=key, max_retries=retries, timeout=timeout)

@@ -21,34 +21,64 @@ the response relative to the other (in words), and for several judges how often 
 winrate.json, verdicts.jsonl (a row per pair) and, for endpoints, replies.sqlite, from which a stopped run goes on.
 """
 
-import functools
 import importlib
 import itertools
-import json
 import types
+from dataclasses import dataclass
 
 import numpy as np
 
-import runtime
-from configurator import UserError, explain, require
-from data import Tokenizer, format_query, last_scalars, parse_row, text_of
+from configurator import Count, UserError, configure, explain, require
+from data import format_query, parse_row, text_of
 from evals import chat
-from model import ScalarModel, write_json
+from evals.samples import measure, reward_function
+from hub.files import read_jsonl, write_json, write_jsonl
+from hub.tokenizer import Tokenizer
+from runtime import RunConfig, World, open_directory, stage
 
-WRONG = (OSError, ValueError, RecursionError, UserError)
+
+@dataclass
+class Config(RunConfig):
+    judge: str = ""  # who compares the samples; a,b: each, and how often they agree
+    samples: str = ""  # a samples.jsonl, whose responses meet their references; a,b: those of a meet those of b
+    out_dir: str = ""  # where all files go; empty: only print
+    micro_batch_size: Count = 64  # rows per forward pass and process, of a reward model
 
 
-def read_rows(path):
-    """The objects of a JSON lines file; raises UserError that names the file, and the line if one is wrong."""
-    rows, unreadable = [], f"samples {path}: cannot be read; give a file that sample.py wrote"
-    with explain(unreadable, *WRONG), open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            with explain(f"line {number} is not a JSON object", *WRONG):
-                rows.append(json.loads(line))
-                require(isinstance(rows[-1], dict), f"but a {type(rows[-1]).__name__}")
-                json.dumps(rows[-1], ensure_ascii=False).encode()  # ValueError for half a pair of surrogates
-    require(rows, f"samples {path}: no rows; sample some")
-    return rows
+@stage
+def main(cfg):
+    """Let each judge compare the pairs; print the tables, and write them to out_dir."""
+    world = World(cfg)
+    if cfg.out_dir:
+        out_dir = open_directory(cfg, world)
+    pairs = read_pairs(cfg.samples)
+    verdicts = {}
+    replies = {}
+    tables = {}
+    for judge in cfg.judge.split(","):
+        verdicts[judge], replies[judge] = judge_pairs(cfg, world, judge, pairs)
+        tables[judge] = win_table(pairs, verdicts[judge], cfg.seed)
+        world.print("", judge)
+        for group, row in tables[judge].items():
+            world.print(line(group, row))
+    for first, second in itertools.combinations(verdicts, 2):
+        name = f"agreement of {first} and {second}"
+        tables[name] = agreement(verdicts[first], verdicts[second], cfg.seed)
+        world.print("", line(name, tables[name]))
+
+    if cfg.out_dir and world.is_main:
+        rows = []
+        for number, pair in enumerate(pairs):
+            row = {key: pair[key] for key in ("query", "response", "other")}
+            row["verdicts"] = {judge: verdicts[judge][number] for judge in verdicts}
+            row["replies"] = {judge: said[number] for judge, said in replies.items() if said}
+            rows.append(row)
+        write_jsonl(out_dir / "verdicts.jsonl", rows)
+        write_json(out_dir / "winrate.json", tables)
+        print(f"wrote {out_dir}/verdicts.jsonl and winrate.json")
+
+
+# ---------------------------------------------------------------------------- pairs
 
 
 def read_pairs(samples):
@@ -59,74 +89,119 @@ def read_pairs(samples):
     require(samples, "a judge needs samples; give --samples=a.jsonl, or a.jsonl,b.jsonl")
     paths = samples.split(",")
     require(len(paths) <= 2, f"samples {samples}: {len(paths)} files; give one, or two as a,b")
-    tables = [read_rows(path) for path in paths]
+    tables = []
+    for path in paths:
+        with explain("samples", UserError):
+            tables.append(read_jsonl(path))
+        require(tables[-1], f"samples {path}: no rows; sample some")
     if "summaries" in tables[0][0]:
         require(len(paths) == 1, f"samples {samples}: comparisons are pairs already; give one such file alone")
-        pairs = []
-        for number, row in enumerate(tables[0], 1):
-            with explain(f"samples {samples}: row {number}", UserError, LookupError, TypeError, AttributeError):
-                pairs += compared(row)
-        require(pairs, f"samples {samples}: no row has exactly one summary by 'ref'; there is nothing to compare")
-        return pairs
-    ours, other = tables[0], tables[-1]
-    require(len(ours) == len(other), f"samples {samples}: {len(ours)} and {len(other)} rows; sample both for one split")
-    pairs, key = [], "reference" if len(paths) == 1 else "response"
-    for number, (row, match) in enumerate(zip(ours, other), 1):
+        return read_comparisons(samples, tables[0])
+
+    ours = tables[0]
+    others = tables[-1]
+    key = "reference" if len(paths) == 1 else "response"
+    require(len(ours) == len(others), f"samples {samples}: {len(ours)} and {len(others)} rows; sample both for one split")
+    pairs = []
+    for number, (row, match) in enumerate(zip(ours, others), 1):
         with explain(f"samples {samples}: row {number}", UserError):
             query = text_of(row, "query")
             require(query == match.get("query"), "the queries differ; sample both for the same split")
-            texts = dict(query=query, response=text_of(row, "response"), other=text_of(match, key))
-            pairs.append({**texts, "choice": None, "prompt": ("completion", {"prompt": query})})
+            pairs.append({
+                "query": query,
+                "response": text_of(row, "response"),
+                "other": text_of(match, key),
+                "choice": None,
+                "prompt": ("completion", {"prompt": query}),
+            })  # fmt: skip
+    return pairs
+
+
+def read_comparisons(path, rows):
+    pairs = []
+    for number, row in enumerate(rows, 1):
+        with explain(f"samples {path}: row {number}", UserError, LookupError, TypeError, AttributeError):
+            pairs += compared(row)
+    require(pairs, f"samples {path}: no row has exactly one summary by 'ref'; there is nothing to compare")
     return pairs
 
 
 def compared(row):
     """A row of comparisons as a list of one pair, or of none if not exactly one of its summaries is by `ref`."""
-    summaries, info, choice = row["summaries"], row["info"], row.get("choice")
-    require(len(summaries) == 2 and choice in (0, 1, None), f"{len(summaries)} summaries, choice {choice!r}; mend it")
-    texts, by_ref = [text_of(summary, "text") for summary in summaries], [s.get("policy") == "ref" for s in summaries]
+    summaries = row["summaries"]
+    info = row["info"]
+    choice = row.get("choice")
+    right = len(summaries) == 2 and choice in (0, 1, None)
+    require(right, f"{len(summaries)} summaries, choice {choice!r}; mend it")
+    texts = [text_of(summary, "text") for summary in summaries]
+    by_ref = [summary.get("policy") == "ref" for summary in summaries]
     if by_ref[0] == by_ref[1]:
         return []
     ref = by_ref.index(True)
-    # a tokenizer that leaves the text as it is, and no limit: the query's text
+    # A tokenizer that leaves the text as it is, and no limit, give the query's text.
     query = format_query(info, types.SimpleNamespace(encode=str), max_tokens=np.inf)
-    won = None if choice is None else float(choice != ref)
-    return [dict(query=query, response=texts[1 - ref], other=texts[ref], choice=won, prompt=("summary", info))]
+    return [{
+        "query": query,
+        "response": texts[1 - ref],
+        "other": texts[ref],
+        "choice": None if choice is None else float(choice != ref),
+        "prompt": ("summary", info),
+    }]  # fmt: skip
 
 
-def judge_pairs(run, measure, judge, pairs):
+# ---------------------------------------------------------------------------- judges
+
+
+def judge_pairs(cfg, world, judge, pairs):
     """One judge's verdicts on all pairs: 1.0 where the response wins, 0.5 for a tie, 0.0 where the other wins, None
     where the judge gave none; and, of an endpoint, its replies (None where it gave none).
     """
     if judge == "choice":
-        require(all(pair["choice"] is not None for pair in pairs), "judge choice: not all rows have one; name a judge")
-        return [pair["choice"] for pair in pairs], None
+        labels = [pair["choice"] for pair in pairs]
+        require(None not in labels, "judge choice: not all rows have one; name a judge")
+        return labels, None
     if judge.startswith(("http://", "https://")):
-        require(run.size == 1, f"judge {judge}: an endpoint needs no second process; start it without torchrun")
-        cache = run.out_dir / "replies.sqlite" if run.cfg.out_dir else ":memory:"
-        return chat.ask_all(judge, pairs, run.cfg.seed, cache)
+        require(world.size == 1, f"judge {judge}: an endpoint needs no second process; start it without torchrun")
+        cache = f"{cfg.out_dir}/replies.sqlite" if cfg.out_dir else ":memory:"
+        return chat.ask_all(judge, pairs, cfg.seed, cache)
+
     if "/" in judge:
-        ours, others = (reward_scores(run, measure, judge, pairs, side) for side in ("response", "other"))
+        ours = reward_scores(cfg, world, judge, pairs, "response")
+        others = reward_scores(cfg, world, judge, pairs, "other")
     else:
-        cannot = f"judge {judge}: no URL, no model's directory, and no module that can score these"
-        with explain(cannot, Exception, UserError):
-            score = importlib.import_module(judge).score
-            queries, *texts = ([pair[key] for pair in pairs] for key in ("query", "response", "other"))
-            ours, others = ([float(x) for x in score(queries, side)] for side in texts)
-            fits = len(ours) == len(others) == len(pairs) and np.isfinite(ours + others).all()
-            require(fits, "not a score for each text, or not a finite one")
-    # equal texts tie, whatever rounding does to them in different micro-batches
-    ties = [a == b or pair["response"] == pair["other"] for a, b, pair in zip(ours, others, pairs)]
-    return [0.5 if tie else float(a > b) for a, b, tie in zip(ours, others, ties)], None
+        ours, others = module_scores(judge, pairs)
+    verdicts = []
+    for pair, score, other in zip(pairs, ours, others):
+        # Equal texts tie, whatever rounding does to them in different micro-batches.
+        tie = score == other or pair["response"] == pair["other"]
+        verdicts.append(0.5 if tie else float(score > other))
+    return verdicts, None
 
 
-def reward_scores(run, measure, source, pairs, side):
+def reward_scores(cfg, world, source, pairs, side):
     """A reward model's scores of the pairs' responses on one side."""
-    run.tokenizer = Tokenizer.load(source)
-    score = functools.partial(last_scalars, [runtime.load_model(run, ScalarModel, source)], run.device)
-    rows = [{**pair["prompt"][1], pair["prompt"][0]: pair[side]} for pair in pairs]
-    rows = [parse_row(row, run.tokenizer, run.cfg.max_query_tokens) for row in rows]
-    return measure(run, run.cfg, score, [row["query"] for row in rows], [row["responses"][0] for row in rows])
+    tokenizer = Tokenizer.load(source)
+    queries = []
+    responses = []
+    for pair in pairs:
+        name, fields = pair["prompt"]
+        parsed = parse_row({**fields, name: pair[side]}, tokenizer, cfg.max_query_tokens)
+        queries.append(parsed["query"])
+        responses.append(parsed["responses"][0])
+    return measure(cfg, world, reward_function(cfg, world, tokenizer, source), queries, responses)
+
+
+def module_scores(judge, pairs):
+    """A Python module's scores of both sides."""
+    cannot = f"judge {judge}: no URL, no model's directory, and no module that can score these"
+    with explain(cannot, Exception, UserError):
+        score = importlib.import_module(judge).score
+        queries = [pair["query"] for pair in pairs]
+        ours = list(map(float, score(queries, [pair["response"] for pair in pairs])))
+        others = list(map(float, score(queries, [pair["other"] for pair in pairs])))
+        fits = len(ours) == len(others) == len(pairs) and np.isfinite(ours + others).all()
+        require(fits, "not a score for each text, or not a finite one")
+    return ours, others
 
 
 # ---------------------------------------------------------------------------- statistics
@@ -145,57 +220,52 @@ def interval(values, seed=0, resamples=10_000):
 def win_rate(verdicts, seed=0):
     """Counts and rate of verdicts (1.0, 0.5, 0.0 or None); the rate is that of those that are not None."""
     given = [verdict for verdict in verdicts if verdict is not None]
-    row = dict(n=len(verdicts), win=given.count(1), tie=given.count(0.5), lose=given.count(0))
-    row["none"] = len(verdicts) - len(given)
-    return row | (interval(given, seed) if given else {})
+    row = {
+        "n": len(verdicts),
+        "win": given.count(1),
+        "tie": given.count(0.5),
+        "lose": given.count(0),
+        "none": len(verdicts) - len(given),
+    }
+    if given:
+        row.update(interval(given, seed))
+    return row
 
 
 def length_group(response, other):
     """The response's length in words over the other's, to the nearest of 1/4, 0.35, 1/2, 0.71, 1, 1.4, 2, 2.8, 4."""
     ratio = max(len(response.split()), 1) / max(len(other.split()), 1)
-    return float(2 ** (np.clip(np.round(2 * np.log2(ratio)), -4, 4) / 2))
+    half_powers = np.clip(np.round(2 * np.log2(ratio)), -4, 4)
+    return float(2 ** (half_powers / 2))
 
 
 def win_table(pairs, verdicts, seed=0):
     """win_rate of all pairs, and by their length group: {"all": ..., "length x 0.5": ...}."""
-    groups = [length_group(pair["response"], pair["other"]) for pair in pairs]
+    groups = {}
+    for pair, verdict in zip(pairs, verdicts):
+        group = length_group(pair["response"], pair["other"])
+        groups.setdefault(group, []).append(verdict)
     table = {"all": win_rate(verdicts, seed)}
-    for group in sorted(set(groups)):
-        table[f"length x {group:.2g}"] = win_rate([v for v, g in zip(verdicts, groups) if g == group], seed)
+    for group in sorted(groups):
+        table[f"length x {group:.2g}"] = win_rate(groups[group], seed)
     return table
 
 
 def agreement(first, second, seed=0):
     """How often two judges gave the same verdict, of the pairs on which both gave one, with its interval."""
     same = [float(a == b) for a, b in zip(first, second) if None not in (a, b)]
-    return {"n": len(same)} | (interval(same, seed) if same else {})
-
-
-def judge_all(run, measure):
-    """Let each judge of cfg.judge compare the pairs of cfg.samples; print the tables, and write them to cfg.out_dir.
-
-    measure: sample.py's, which applies a function to micro-batches of rows.
-    """
-    cfg, pairs = run.cfg, read_pairs(run.cfg.samples)
-    verdicts, replies, tables = {}, {}, {}
-    for judge in cfg.judge.split(","):
-        verdicts[judge], replies[judge] = judge_pairs(run, measure, judge, pairs)
-        tables[judge] = win_table(pairs, verdicts[judge], cfg.seed)
-        run.print("", judge, *(line(group, row) for group, row in tables[judge].items()))
-    for a, b in itertools.combinations(verdicts, 2):
-        tables[f"agreement of {a} and {b}"] = same = agreement(verdicts[a], verdicts[b], cfg.seed)
-        run.print("", line(f"agreement of {a} and {b}", same))
-    if cfg.out_dir and run.is_main:
-        rows = []
-        for i, pair in enumerate(pairs):
-            row = {key: pair[key] for key in ("query", "response", "other")}
-            row["verdicts"] = {judge: verdicts[judge][i] for judge in verdicts}
-            rows.append(row | {"replies": {judge: said[i] for judge, said in replies.items() if said}})
-        runtime.write_jsonl(run.out_dir / "verdicts.jsonl", rows)
-        write_json(run.out_dir / "winrate.json", tables)
-        print(f"wrote {run.out_dir}/verdicts.jsonl and winrate.json")
+    if not same:
+        return {"n": 0}
+    return {"n": len(same), **interval(same, seed)}
 
 
 def line(group, row):
     counts = "  ".join(f"{name} {x:5d}" for name, x in row.items() if isinstance(x, int))
-    return f"{group:16} {counts}" + ("  rate {rate:.3f} [{low:.3f}, {high:.3f}]".format(**row) if "rate" in row else "")
+    text = f"{group:16} {counts}"
+    if "rate" in row:
+        text += f"  rate {row['rate']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+    return text
+
+
+if __name__ == "__main__":
+    main(configure(Config))

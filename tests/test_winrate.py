@@ -21,6 +21,7 @@ from pipeline import ROOT, write_rows
 
 import runtime
 import sample
+from evals import winrate
 import toy.gold
 from configurator import UserError
 from data import Tokenizer
@@ -38,7 +39,7 @@ def read_jsonl(path):
 def judged(out_dir, judge, samples, **options):
     """What sample.py writes for a judge, or several: the tables and a row per pair."""
     cfg = dict(judge=judge, samples=str(samples), out_dir=str(out_dir), device="cpu", dtype="float32", **options)
-    sample.main(sample.Config(**cfg))
+    winrate.main(winrate.Config(**cfg))
     return json.loads((out_dir / "winrate.json").read_text()), read_jsonl(out_dir / "verdicts.jsonl")
 
 
@@ -801,7 +802,7 @@ def test_bad_samples_or_judges_are_one_line(module, tmp_path, case):
             path.write_bytes(content.encode() if isinstance(content, str) else content)
     judge, words = judge.replace("DIR", str(tmp_path)), words.replace("DIR", re.escape(str(tmp_path)))
     with pytest.raises(UserError, match=words) as error:
-        sample.main(sample.Config(judge=judge, samples=",".join(map(str, paths)), device="cpu"))
+        winrate.main(winrate.Config(judge=judge, samples=",".join(map(str, paths)), device="cpu"))
     assert "\n" not in str(error.value) and error.value.code == str(error.value)  # Python then exits with 1
 
 

@@ -1,0 +1,156 @@
+"""Resumable checkpoints: complete on the disk before they have their name, and checked before they are used.
+
+    out_dir/checkpoints/step_N/     each rank's shards as safetensors, state.json, checksums.json
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from configurator import UserError, explain, require
+from hub.files import move, read_json, write_json
+
+LOGS = ("metrics.jsonl", "samples.jsonl")
+TENSORS_PER_FILE = 32  # a file is copied to CPU memory before it is written
+
+
+def training_state(run):
+    """The tensors that a resumed run needs, to be written or filled in place: parameters, Adam's moments and counts."""
+    tensors = dict(run.models.named_parameters())
+    for name, parameter in run.models.named_parameters():
+        for key, value in run.optimizer.state[parameter].items():
+            tensors[f"{key}.{name}"] = value
+    return tensors
+
+
+# ---------------------------------------------------------------------------- saving
+
+
+def save_checkpoint(run):
+    """Write checkpoints/step_N: each rank's shards, run.state as JSON, and the checksums of all files. Collective."""
+    directory = run.out_dir / "checkpoints"
+    temporary = directory / f"tmp_{run.step}"
+    if run.world.is_main:
+        for old in directory.glob("tmp_*"):
+            shutil.rmtree(old, ignore_errors=True)  # of a run that was killed while it wrote
+        temporary.mkdir(parents=True)
+        sizes = {path.name: path.stat().st_size for path in log_files(run)}
+        write_json(temporary / "state.json", {"step": run.step, "sizes": sizes, **run.state})
+    dist.barrier()
+
+    tensors = training_state(run)
+    files = {name: 1 + number // TENSORS_PER_FILE for number, name in enumerate(tensors)}
+    writer = dcp.HuggingFaceStorageWriter(temporary, files, save_distributed=True)
+    dcp.save(tensors, storage_writer=writer)
+    written = checksums(run.world, temporary)
+    require(written, f"{temporary}: not all of it can be read back; out_dir must be one disk that all processes see")
+    if run.world.is_main:
+        write_json(temporary / "checksums.json", written)
+        move(temporary, directory / f"step_{run.step}")
+        remove_old(run)
+
+
+def log_files(run):
+    """The logs that a resumed run cuts back."""
+    return [run.out_dir / name for name in LOGS if (run.out_dir / name).exists()]
+
+
+def checksums(world, directory):
+    """SHA-256 of each file of a checkpoint, on every rank; {} if one cannot be read. The ranks share the reading."""
+    names = world.agree_on(sorted(path.name for path in directory.glob("*") if path.name != "checksums.json"))
+    mine = {}
+    with contextlib.suppress(OSError):
+        for name in names[world.rank :: world.size]:
+            with open(directory / name, "rb") as file:
+                mine[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    digests = {}
+    parts = [None] * world.size
+    dist.all_gather_object(parts, mine)
+    for part in parts:
+        digests.update(part)
+    return digests if len(digests) == len(names) else {}
+
+
+def list_steps(run):
+    """The steps of which there is a checkpoint, in order."""
+    names = [path.name.removeprefix("step_") for path in (run.out_dir / "checkpoints").glob("step_*")]
+    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+
+
+def remove_old(run):
+    """Keep the newest keep_checkpoints, and those at multiples of keep_every."""
+    for step in list_steps(run)[: -run.cfg.keep_checkpoints]:
+        if run.cfg.keep_every == 0 or step % run.cfg.keep_every:
+            shutil.rmtree(run.out_dir / "checkpoints" / f"step_{step}", ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------- resuming
+
+
+def resume(run):
+    """Go on from the newest whole checkpoint, in place; run.step is 0 if none was ever written.
+
+    A resumed run writes what an unbroken one would. Raises UserError if there are checkpoints, but none is whole, and
+    if another run is at work in the directory.
+    """
+    if run.world.is_main:
+        take_lock(run)
+    steps = run.world.agree_on(list_steps(run))
+    sizes = {}
+    if steps:
+        run.step = find_newest_whole(run, steps)
+        sizes = load_checkpoint(run)
+    if run.world.is_main:
+        hide_later(run, steps)
+        cut_logs(run, sizes)
+
+
+def take_lock(run):
+    """Hold out_dir/lock until this process ends: one may have survived its torchrun. Not every file system has locks."""
+    taken = f"{run.out_dir}: another run is there; stop it"
+    with contextlib.suppress(OSError), explain(taken, BlockingIOError):
+        fcntl.lockf(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def find_newest_whole(run, steps):
+    """The last of `steps` whose checkpoint is as it was written."""
+    for step in reversed(steps):
+        path = run.out_dir / "checkpoints" / f"step_{step}"
+        written = {}
+        with contextlib.suppress(UserError):
+            written = read_json(path / "checksums.json")
+        written = run.world.agree_on(written)
+        found = checksums(run.world, path)
+        if found and found == written:  # both are {} where nothing can be read
+            return step
+        run.world.print(f"passed over {path}: its files are not as they were written")
+    raise UserError(f"{run.out_dir}/checkpoints: none can be read; remove them all to start anew")
+
+
+def load_checkpoint(run):
+    """Fill models, optimizer and run.state from run.step's checkpoint; returns the sizes that the logs had."""
+    path = run.out_dir / "checkpoints" / f"step_{run.step}"
+    dcp.load(training_state(run), storage_reader=dcp.HuggingFaceStorageReader(path))
+    run.state.update(read_json(path / "state.json"))
+    run.world.print(f"resumed from {path}")
+    del run.state["step"]
+    return run.state.pop("sizes")
+
+
+def hide_later(run, steps):
+    """Damaged checkpoints behind run.step, which the logs will not reach, become bad_step_N."""
+    for step in steps:
+        if step > run.step:
+            directory = run.out_dir / "checkpoints"
+            move(directory / f"step_{step}", directory / f"bad_step_{step}")
+
+
+def cut_logs(run, sizes):
+    """Cut the logs back to the sizes that they had; one that has become shorter stays as it is."""
+    for path in log_files(run):
+        os.truncate(path, min(sizes.get(path.name, 0), path.stat().st_size))

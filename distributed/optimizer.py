@@ -1,0 +1,95 @@
+"""One optimizer for all trained models: AdamW, the schedule, clipping, and the watch for numbers that are not finite."""
+
+import math
+
+import torch
+from torch import nn
+
+from configurator import UserError
+from hub.weights import full
+
+
+def make_optimizer(cfg, models, lrs):
+    """AdamW with a group per model; lrs: name -> its learning rate, if not cfg.lr.
+
+    Its state is there from the start, so that a checkpoint holds that of every parameter, also of those that have not
+    had a gradient yet.
+    """
+    groups = []
+    for name, model in models.items():
+        groups.append({"params": model.parameters(), "initial_lr": lrs.get(name) or cfg.lr})
+    betas = (cfg.adam_beta1, cfg.adam_beta2)
+    optimizer = torch.optim.AdamW(groups, cfg.lr, betas, cfg.adam_eps, cfg.weight_decay, fused=True)
+    for parameter in models.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def learning_rate(step, total_steps, lr, schedule, warmup_steps=0):
+    """The learning rate of update `step` (from 0): "linear" to 0, "cosine" to 0, or "constant"; linear warm-up."""
+    if step < warmup_steps:
+        return lr * ((step + 1) / warmup_steps)
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if schedule == "linear":
+        return lr * (1 - done)
+    if schedule == "cosine":
+        return lr * (0.5 * (1 + math.cos(math.pi * done)))
+    return lr
+
+
+def backward(run, loss, indices=()):
+    """Back-propagate this rank's part of a loss that is a sum over all ranks.
+
+    indices: positions in the batch of the rows in it, to be named if the loss is not finite.
+    FSDP averages gradients over the ranks; the factor undoes that. (set_gradient_divide_factor does not work on
+    gloo, and on the root module alone it leaves the blocks averaged.)
+    """
+    run.losses.append((indices, loss.detach()))
+    (loss * run.world.size).backward()
+
+
+def optimizer_step(run):
+    """One step with the scheduled learning rates; returns {"lr", "grad_norm"}; lr is the first model's.
+
+    If a loss or the gradient is not finite, no weight changes: UserError, or with on_nonfinite="skip" the step is
+    left out and counted in run.skipped.
+    """
+    cfg = run.cfg
+    parameters = list(run.models.parameters())
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = full(nn.utils.get_total_norm(gradients)).to(run.world.device)
+    numbers = torch.stack([norm, *(loss for _, loss in run.losses)])
+    # One rank's bad loss stops, or skips, the step on all.
+    skip = run.world.any_rank(~numbers.isfinite().all())
+    if skip and cfg.on_nonfinite == "stop":
+        raise UserError(describe_nonfinite(run, norm))
+    run.losses.clear()
+
+    if cfg.max_grad_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, cfg.max_grad_norm, norm)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(run.step, run.total, group["initial_lr"], cfg.schedule, cfg.warmup_steps)
+        if cfg.adam_style == "tf":
+            # torch adds eps to the corrected root, TensorFlow to the root before correction.
+            n_steps = 1 + run.optimizer.state[group["params"][0]]["step"].item()
+            group["eps"] = cfg.adam_eps / math.sqrt(1 - cfg.adam_beta2**n_steps)
+    if skip:
+        run.skipped += 1
+    else:
+        run.optimizer.step()
+    run.optimizer.zero_grad()
+    return {"lr": run.optimizer.param_groups[0]["lr"], "grad_norm": norm.item()}
+
+
+def describe_nonfinite(run, norm):
+    """The gradient's norm, and this rank's rows whose loss is not finite, by their positions in the data."""
+    rows = set()
+    for indices, loss in run.losses:
+        if not loss.isfinite():
+            rows.update(run.batch_indices()[list(indices)].tolist())
+    what = f"the gradient norm is {norm.item()}; this rank's rows whose loss is not finite: {sorted(rows) or 'none'}"
+    return f"step {run.step}, rank {run.world.rank}: {what}; lower lr, or mend the rows"

@@ -1,0 +1,223 @@
+"""The processes of a run: who this one is, which rows it computes, how all learn the result, and how they end.
+
+One process is a world of one and runs the same code as eight under torchrun: gloo on a CPU, nccl on GPUs.
+"""
+
+import contextlib
+import ctypes
+import functools
+import math
+import os
+import signal
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
+
+from configurator import UserError, explain, require
+
+MALLOC = {-4: 0, -1: 2**31 - 1, -2: 2**26}  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+
+
+class World:
+    """This process's place: `rank` of `size`, its device, the dtype that it computes in, the mesh for sharding."""
+
+    def __init__(self, cfg):
+        self.device = pick_device(cfg.device)
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(self.device)
+        else:
+            keep_freed_memory()
+        dtype = cfg.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if on_gpu else "float32"
+        self.dtype = getattr(torch, dtype)
+
+        if not dist.is_initialized():
+            join_process_group(self.device if on_gpu else None)
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        self.is_main = self.rank == 0
+
+        shards = cfg.shard_size or self.size
+        require(self.size % shards == 0, f"shard_size {shards} does not divide the {self.size} processes; lower it")
+        shape = (self.size // shards, shards)
+        self.mesh = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=("replicas", "shards"))
+        if shards == self.size:
+            self.mesh = self.mesh["shards"]
+
+    def print(self, *lines):
+        if self.is_main:
+            print(*lines, sep="\n", flush=True)
+
+    def split_rows(self, lengths, micro_batch_size):
+        """This rank's share of the rows 0 .. n-1, as index arrays of micro-batches of similar length.
+
+        Sorted by length and dealt in turn, so ranks carry equal work. All ranks get equally many rows, for
+        sharded models run in lockstep: if n does not divide, the first rows are dealt again.
+        """
+        order = np.argsort(-np.asarray(lengths), kind="stable")
+        order = np.resize(order, math.ceil(len(order) / self.size) * self.size)
+        mine = order[self.rank :: self.size]
+        return [mine[start : start + micro_batch_size] for start in range(0, len(mine), micro_batch_size)]
+
+    @torch.no_grad()
+    def map_rows(self, function, lengths, micro_batch_size):
+        """Apply function(indices (rows,)) -> dict of tensors (rows, ...) to micro-batches of all rows 0 .. n-1.
+
+        The ranks share the work; each gets the results of all rows, in row order: a dict of tensors (n, ...).
+        """
+        micro_batches = self.split_rows(lengths, micro_batch_size)
+        results = [function(indices) for indices in micro_batches]
+        indices = self.gather_rows(torch.from_numpy(np.concatenate(micro_batches)).to(self.device))
+        # All rows in order; one that was dealt twice counts once.
+        _, first = np.unique(indices.cpu().numpy(), return_index=True)
+        columns = {}
+        for name in results[0]:
+            column = torch.cat([result[name] for result in results])
+            columns[name] = self.gather_rows(column)[first]
+        return columns
+
+    def gather_rows(self, tensor):
+        """The tensors (rows, ...) of all ranks, one behind the other."""
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def sum_scalars(self, parts):
+        """Add up dicts of scalar tensors, one per micro-batch, over all ranks, in one reduction; returns floats."""
+        names = list(parts[0])
+        total = torch.stack([sum(part[name].detach() for part in parts).double() for name in names])
+        dist.all_reduce(total)
+        return dict(zip(names, total.tolist()))
+
+    def any_rank(self, flag):
+        """Whether `flag`, a bool or a tensor of one, is true on any rank."""
+        count = torch.as_tensor(flag, device=self.device).float()
+        return self.sum_scalars([{"count": count}])["count"] > 0
+
+    def agree_on(self, value):
+        """Rank 0's value, on every rank: what depends on files must not differ between them."""
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def main_first(self, function):
+        """function() on every rank, rank 0 first: the others then find what it has cached."""
+        for turn in (True, False):
+            if self.is_main == turn:
+                result = function()
+            dist.barrier()
+        return result
+
+
+def pick_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    require(name == "cpu" or torch.cuda.is_available(), "device 'cuda' is not there; use --device=cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def keep_freed_memory():
+    """Ask glibc to keep what is freed; else large tensors come page by page. The user's MALLOC_ variables win."""
+    if not any(name.startswith("MALLOC_") for name in os.environ):
+        # Other C libraries have no mallopt.
+        with contextlib.suppress(OSError, AttributeError):
+            for option, value in MALLOC.items():
+                ctypes.CDLL(None).mallopt(option, value)
+
+
+def join_process_group(gpu):
+    """Join torchrun's process group, or make a group of one."""
+    backend = "gloo"
+    if gpu is not None:
+        backend = "cpu:gloo,cuda:nccl"  # gloo beside nccl: for what is offloaded to the CPU
+    alone = {}
+    if "RANK" not in os.environ:
+        alone = dict(store=dist.HashStore(), rank=0, world_size=1)
+    # The time limit covers rank 0's fetching and tokenising, for which the others wait.
+    limit = timedelta(minutes=30)
+    with explain("no process group; start with torchrun, or unset RANK", ValueError, RuntimeError):
+        dist.init_process_group(backend, timeout=limit, device_id=gpu, **alone)
+
+
+# ---------------------------------------------------------------------------- how a run ends
+
+
+class Done(Exception):
+    """There is nothing to do, or a signal has ended the run: `stage` ends quietly."""
+
+
+class Signals:
+    """SIGTERM or SIGINT (Ctrl-C) asks the run to end after the update; a second Ctrl-C ends it at once."""
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, bar):
+        self.bar = bar
+        self.asked = 0  # the number of the signal that has come
+
+    def listen(self):
+        set_handlers(dict.fromkeys(self.numbers, self.note))
+
+    def note(self, number, frame):
+        # Twice SIGTERM, from scheduler and torchrun, is one; with a Ctrl-C among the two somebody means: at once.
+        if self.asked and signal.SIGINT in (number, self.asked):
+            raise KeyboardInterrupt("ended at once by a second signal")
+        self.asked = number
+        self.bar.disable = True
+        # The `tee` of `| tee log` ends by the same Ctrl-C: then nobody reads the message.
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nends as soon as all is saved (Ctrl-C: at once)\n")
+
+    def let_it_finish(self):
+        """After the last update a SIGTERM lets evaluation and export go on; Ctrl-C ends them at once."""
+        self.asked = signal.SIGTERM
+
+
+def set_handlers(handlers):
+    with contextlib.suppress(ValueError):  # only the main thread may
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def stage(main):
+    """Decorate a script's main(cfg, ...): trouble with the disk, the memory or a checkpoint becomes a UserError, one
+    line that says what to do; a run that ends well leaves no process group behind.
+    """
+
+    @functools.wraps(main)
+    def wrapped(cfg, *args, **kwargs):
+        handlers = {number: signal.getsignal(number) for number in Signals.numbers}
+        try:
+            with contextlib.suppress(Done):
+                main(cfg, *args, **kwargs)
+            dist.barrier()  # a process that tears down early can abort the others
+            dist.destroy_process_group()
+        except (OSError, MemoryError, RuntimeError, CheckpointException) as error:
+            raise_in_one_line(error, cfg)
+            raise
+        finally:
+            set_handlers(handlers)
+
+    return wrapped
+
+
+def raise_in_one_line(error, cfg):
+    """Raise a UserError for an error that the user can mend; return for any other."""
+    cause = error
+    if isinstance(error, CheckpointException):
+        # It has failures: rank -> (its error, a traceback).
+        cause, _ = next(iter(error.failures.values()))
+    reason = str(cause).split("\n")[0]
+    if isinstance(cause, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason:
+        sizes = " or ".join(f"{name} ({n})" for name, n in vars(cfg).items() if "micro_batch_size" in name)
+        raise UserError(f"out of memory: {reason}; lower {sizes}, or see activation_checkpointing") from None
+    failed_to_save = cause is not error and isinstance(cause, Exception)
+    if failed_to_save or getattr(cause, "errno", None):
+        raise UserError(f"out_dir {cfg.out_dir}: {reason}; mend that and run the same command again") from None

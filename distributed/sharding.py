@@ -1,0 +1,78 @@
+"""Models over processes: FSDP2, and weights that each rank reads for itself.
+
+Memory is saved by sharding, and time by keeping parameters whole where they fit: while responses are sampled, or until
+an update's last micro-batch. One process that computes in float32 has nothing to share or to cast: there models are
+plain modules.
+"""
+
+import gc
+
+import torch
+from torch.distributed import fsdp
+
+from configurator import require
+from hub.weights import find_model, load_weights
+from model import GPTNeoXConfig, init_weights
+
+
+def load_model(cfg, world, n_vocab, cls, source, trainable=False, scratch=False, new_head=False):
+    """Build a sharded model; each rank reads only its own rows of the weights.
+
+    n_vocab:   the tokenizer's; a smaller vocabulary is refused.
+    trainable: float32 masters; a frozen model is kept in the compute dtype.
+    scratch:   draw all weights; of `source` only config.json is read.
+    new_head:  draw the scalar head, and read the body, of either kind of model.
+    """
+    directory = find_model(source)
+    gc.collect()  # FSDP's modules are in cycles: a model that is no longer used goes before the next one comes
+    with torch.device("meta"):
+        model = cls(GPTNeoXConfig.from_directory(directory))
+    size = model.config.vocab_size
+    require(size >= n_vocab, f"{directory}: vocab_size {size} is less than the tokenizer's {n_vocab}; use its own")
+    if cfg.compile:
+        for layer in model.gpt_neox.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+
+    offload = cfg.offload == "all" or (cfg.offload == "frozen" and not trainable)
+    shard(model, world, torch.float32 if trainable else world.dtype, offload)
+    model.to_empty(device="cpu" if offload else world.device)
+    model.gpt_neox.checkpointing = trainable and cfg.activation_checkpointing
+    model.logits_chunk = getattr(cfg, "logits_chunk", 0)  # of frozen ones too: they must round alike
+    if scratch:
+        init_weights(model, cfg.seed)
+    else:
+        if new_head:
+            init_weights(model, cfg.seed, only="score")
+        load_weights(model, directory, new_head)
+    return model.requires_grad_(trainable)
+
+
+def shard(model, world, master_dtype, offload=False):
+    """FSDP2: every block, then the rest; masters in master_dtype, compute in world.dtype, reductions in float32.
+
+    The modules that a model lists in `float32_modules` compute in float32 whatever world.dtype is.
+    offload: the shards live in CPU memory, gradients and the optimizer's state with them.
+    """
+    model.to(master_dtype)
+    if world.size == 1 and world.dtype == torch.float32 and not offload:
+        return  # nothing to share, to cast or to move
+    options = dict(mesh=world.mesh, reshard_after_forward=True)
+    if offload:
+        options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    float32 = fsdp.MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+    mixed = fsdp.MixedPrecisionPolicy(param_dtype=world.dtype, reduce_dtype=torch.float32)
+    for name in model.float32_modules:
+        fsdp.fully_shard(model.get_submodule(name).float(), mp_policy=float32, **options)
+    for module in [*model.gpt_neox.layers, model]:
+        fsdp.fully_shard(module, mp_policy=mixed, **options)
+    if hasattr(model, "logprobs"):
+        fsdp.register_fsdp_forward_method(model, "logprobs")
+
+
+def keep_whole(models, yes):
+    """Whether the next passes leave parameters and gradients of sharded models whole on each process."""
+    for model in models:
+        if isinstance(model, fsdp.FSDPModule):
+            model.set_requires_gradient_sync(not yes)
+            model.set_reshard_after_forward(not yes)
+            model.set_reshard_after_backward(not yes)

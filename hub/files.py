@@ -1,0 +1,54 @@
+"""Files that a run reads and writes: JSON, JSON lines, and directories that appear whole or not at all."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from configurator import explain, require
+
+UNREADABLE = (OSError, ValueError, RecursionError)
+
+
+def read_json(path):
+    """Read a JSON object; raises UserError if `path` is missing or holds something else."""
+    with explain(f"{path}: cannot be read as JSON; check it or copy it again", *UNREADABLE):
+        values = json.loads(Path(path).read_bytes())
+    require(isinstance(values, dict), f"{path}: holds a {type(values).__name__}, not a JSON object; copy it again")
+    return values
+
+
+def write_json(path, values):
+    """Write a JSON object; a process that is killed meanwhile leaves the old file, whole."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_jsonl(path):
+    """The objects of a JSON lines file; raises UserError that names the file, and the line if one is wrong."""
+    rows = []
+    with explain(f"{path}: cannot be read", *UNREADABLE), open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            with explain(f"{path}: line {number} is not a JSON object", *UNREADABLE):
+                row = json.loads(line)
+                # Half a pair of surrogates is valid JSON, but no text that can be written again.
+                json.dumps(row, ensure_ascii=False).encode()
+            require(isinstance(row, dict), f"{path}: line {number} is a {type(row).__name__}, not a JSON object")
+            rows.append(row)
+    return rows
+
+
+def write_jsonl(path, rows, mode="w"):
+    """Write one JSON object a line; mode "a" appends."""
+    with open(path, mode, encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def move(temporary, final):
+    """Give a directory its final name once all of it is on the disk; another of that name is replaced."""
+    os.sync()
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    os.sync()

@@ -1,0 +1,45 @@
+"""GRPO (arXiv:2402.03300 eq. 3, 4): several answers to a query, each judged against its group; no critic.
+
+    python -m variants.grpo config/toy_ppo.py --out_dir=out/toy/grpo
+    torchrun --nproc_per_node=8 -m variants.grpo config/ppo_1b.py --out_dir=out/grpo_1b
+
+An answer's advantage is (score - mean of its group) / (standard deviation of its group + 1e-4), the same for all its
+tokens; the deviation is the unbiased one, as in TRL. Every answer weighs the same, however long it is. The penalty, k3
+of the KL to the reference, stands in the loss, not in the reward.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+import ppo
+from configurator import Count, configure, require
+
+
+@dataclass
+class Config(ppo.Config):
+    group_size: Count = 8
+
+
+def advantages(cfg, batch, state):
+    groups = batch["scores"].view(-1, cfg.group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    scaled = centred / (groups.std(1, keepdim=True) + 1e-4)
+    mask = batch["mask"]
+    weights = mask / mask.sum(1, keepdim=True)
+    return {**batch, "advantages": scaled.view(-1, 1) * mask, "weights": weights}
+
+
+def token_loss(cfg, new_logprobs, micro):
+    log_ratio = (micro["ref_logprobs"] - new_logprobs) * micro["mask"]
+    kl = torch.expm1(log_ratio) - log_ratio  # k3 (http://joschu.net/blog/kl-approx.html)
+    return ppo.clipped_surrogate(cfg, new_logprobs, micro) + cfg.kl_coef * kl
+
+
+def main(cfg, score=None):
+    require(cfg.group_size > 1, f"group_size {cfg.group_size}: an answer alone has no group; take 2 or more")
+    ppo.main(cfg, score, advantages=advantages, token_loss=token_loss, with_critic=False)
+
+
+if __name__ == "__main__":
+    main(configure(Config))

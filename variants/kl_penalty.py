@@ -1,0 +1,51 @@
+"""PPO's other objective (arXiv:1707.06347 eq. 8): no clip, but a penalty on the KL of each update.
+
+    python -m variants.kl_penalty config/toy_ppo.py --out_dir=out/toy/kl_penalty
+    torchrun --nproc_per_node=8 -m variants.kl_penalty config/ppo_1b.py --out_dir=out/kl_penalty_1b
+
+The loss is -ratio A + beta KL(old || new). After an update whose KL was below kl_step / 1.5, beta is halved; above
+1.5 kl_step, doubled. KL(old || new) is estimated from the sampled tokens, by k3 in the loss; what beta follows is the
+mean of 0.5 (log ratio)^2 over all steps of the update.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+import ppo
+from configurator import Positive, configure
+
+
+@dataclass
+class Config(ppo.Config):
+    kl_step: Positive = 0.01  # the KL of an update, per token, that beta aims at
+    beta: Positive = 1.0  # of the first update
+
+
+def advantages(cfg, batch, state):
+    batch = ppo.advantages(cfg, batch, state)
+    state["beta"] = adapt(state.get("beta", cfg.beta), state.get("update_kl", cfg.kl_step), cfg.kl_step)
+    batch["beta"] = torch.full_like(batch["scores"], state["beta"])
+    return batch
+
+
+def adapt(beta, kl, target):
+    if kl < target / 1.5:
+        return beta / 2
+    if kl > 1.5 * target:
+        return beta * 2
+    return beta
+
+
+def token_loss(cfg, new_logprobs, micro):
+    log_ratio = new_logprobs - micro["logprobs"]
+    kl = torch.expm1(log_ratio) - log_ratio  # of tokens drawn from the old policy: k3 of KL(old || new)
+    return -torch.exp(log_ratio) * micro["advantages"] + micro["beta"][:, None] * kl
+
+
+def main(cfg, score=None):
+    ppo.main(cfg, score, advantages=advantages, token_loss=token_loss)
+
+
+if __name__ == "__main__":
+    main(configure(Config))
