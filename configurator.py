@@ -99,23 +99,26 @@ def configure(Config, argv=None):
 def read_file(Config, path, values):
     """Run a config file, which can read the `values` so far; return what holds after it: {field: value}."""
     names = dict(values)
-    with explain(f"config file {path} cannot be read, give a .py file; or is it a value? --key=value", OSError):
+    unreadable = f"config file {path} cannot be read, give a .py file; or is it a value? --key=value"
+    with explain(unreadable, OSError):
         text = Path(path).read_bytes()
     with explain(f"config file {path}: write one `key = value` per line", Exception, SystemExit):
         tree = ast.parse(text, path)
         # `lr: 1e-5` and `lr == 1e-5` are valid Python, too.
-        body = tree.body[1:] if ast.get_docstring(tree) else tree.body
+        body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
         for node in body:
-            is_annotation = isinstance(node, ast.AnnAssign) and node.value is None
-            sets_nothing = isinstance(node, ast.Expr) or is_annotation
-            require(not sets_nothing, f"line {node.lineno} sets nothing")
+            has_no_value = isinstance(node, ast.AnnAssign) and node.value is None
+            if has_no_value or isinstance(node, ast.Expr):
+                raise UserError(f"line {node.lineno} sets nothing")
         exec(compile(tree, path, "exec"), names)
-    with explain(f"config file {path}", ValueError):
-        return {
-            key: check(field_of(Config, key, path), value, path)
-            for key, value in names.items()
-            if not key.startswith("_") and not isinstance(value, ModuleType)
-        }
+
+    found = {}
+    for key, value in names.items():
+        # Names with an underscore, and modules, are the file's own.
+        if not key.startswith("_") and not isinstance(value, ModuleType):
+            with explain(f"config file {path}", ValueError):
+                found[key] = check(field_of(Config, key, path), value, path)
+    return found
 
 
 def read_option(Config, argument, values):
@@ -123,15 +126,16 @@ def read_option(Config, argument, values):
     match = re.fullmatch(r"--([A-Za-z]\w*)(?:=(.*))?", argument, re.DOTALL)
     require(match, f"{argument}: not an option; write --key=value (or --flag)")
     key, text = match.groups()
-    return {key: parse(field_of(Config, key, "command line"), text)}
+    field = field_of(Config, key, "command line")
+    return {key: parse(field, text)}
 
 
 def field_of(Config, key, where):
     """The field named `key`; an unknown key is an error that names the nearest ones."""
     fields = {field.name: field for field in dataclasses.fields(Config)}
     if key not in fields:
-        near = difflib.get_close_matches(key, fields, n=3, cutoff=0.4) or sorted(fields)
-        raise UserError(f"{where}: unknown key '{key}'; did you mean {', '.join(near)}? (--help lists all keys)")
+        near = ", ".join(difflib.get_close_matches(key, fields, n=3, cutoff=0.4) or sorted(fields))
+        raise UserError(f"{where}: unknown key '{key}'; did you mean {near}? (--help lists all keys)")
     return fields[key]
 
 
@@ -139,7 +143,9 @@ def parse(field, text):
     """Read a command-line value by the field's type; text is None for `--flag` alone."""
     if field.type is bool and (text is None or text.lower() in ("true", "false")):
         return text is None or text.lower() == "true"
-    require(text is not None, f"--{field.name} needs a value, for example --{field.name}={field.default}")
+    example = f"--{field.name}={field.default}"
+    require(text is not None, f"--{field.name} needs a value, for example {example}")
+
     value = text
     if kind_of(field) in (int, float):
         # What is no number stays a text, which `check` then refuses by name.
@@ -171,17 +177,19 @@ def check(field, value, where="command line"):
     require(fits, f"{where}: '{field.name}' {wrong}")
 
     choices = get_args(field.type)
-    if choices:
-        require(value in choices, f"{where}: '{field.name}' is {value!r}; use one of {', '.join(choices)}")
+    if choices and value not in choices:
+        raise UserError(f"{where}: '{field.name}' is {value!r}; use one of {', '.join(choices)}")
     return value
 
 
 def describe(Config):
     """The fields with their defaults and the comments that stand beside them in the source."""
+    comment = re.compile(r"^\s+(\w+)\s*:.*?\s{2}#\s(.*)$", re.MULTILINE)
     comments = {}
     for cls in reversed(Config.__mro__):
         if dataclasses.is_dataclass(cls):
-            comments.update(re.findall(r"^\s+(\w+)\s*:.*?\s{2}#\s(.*)$", inspect.getsource(cls), re.MULTILINE))
+            comments.update(comment.findall(inspect.getsource(cls)))
+
     lines = ["usage: [config/x.py ...] [--key=value ...]", f"{Config.__module__}.{Config.__name__}"]
     for field in dataclasses.fields(Config):
         option = f"--{field.name}={field.default!r}"

@@ -11,6 +11,7 @@ Shapes: B pairs in a micro-batch, R response tokens.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,6 @@ from data import collate
 from evals.tables import accuracy_table, report
 from model import GPTNeoX
 from runtime import Run, TrainConfig, backward, load_model, optimizer_step, stage, start
-
-LOSSES = "sigmoid, robust, hinge, ipo, ipo_norm, apo_zero"
 
 
 @dataclass
@@ -33,18 +32,22 @@ class Config(TrainConfig):
     data: str = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"  # hub id, directory or file with {split}
     # ---- loss
     beta: Positive = 0.05  # strength of the pull towards the reference
-    loss_type: str = "sigmoid"  # one of those that dpo_loss lists
-    label_smoothing: Share = 0.0  # probability that a label is wrong, for sigmoid and robust
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"  # more: variants/dpo_losses.py
+    label_smoothing: Share = 0.0  # probability that a label is wrong, for sigmoid
     sft_coef: float = 0.0  # weight of an added SFT loss, per token of the chosen responses
 
 
 @stage
-def main(cfg):
-    nothing = torch.zeros(1)
-    dpo_loss(nothing, nothing, nothing, nothing, cfg.beta, cfg.loss_type, cfg.label_smoothing, torch.ones(1, 2))  # refuses
+def main(cfg, loss=None):
+    """loss: a function like `pair_loss`, in its place."""
+    loss = loss or pair_loss
+    loss(cfg, torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2))  # refuses settings that do not fit
     world, data = start(cfg, n_responses=2)
     n_vocab = data.tokenizer.n_vocab
-    require(min(data.train["target"]) == 1, f"{cfg.data}: DPO does not use soft labels (target); use label_smoothing")
+    soft = f"{cfg.data}: DPO does not use soft labels (target); use label_smoothing"
+    require(min(data.train["target"]) == 1, soft)
+
+    # The reference goes as soon as it has been asked: the policy takes its place in memory.
     reference = load_model(cfg, world, n_vocab, GPTNeoX, cfg.reference or cfg.model)
     ref_logprobs = predict(cfg, world, n_vocab, reference, data.train)  # (n, 2)
     if data.held_out:
@@ -54,7 +57,7 @@ def main(cfg):
     model = load_model(cfg, world, n_vocab, GPTNeoX, cfg.model, trainable=True)
     run = Run(cfg, world, data, {"model": model})
     for _ in run.train():
-        metrics = update(run, cfg, model, ref_logprobs)
+        metrics = update(run, cfg, model, ref_logprobs, loss)
         metrics.update(optimizer_step(run))
         run.log(metrics, watch=("loss/dpo", "rewards/accuracies"))
 
@@ -64,36 +67,35 @@ def main(cfg):
         metrics = {}
         if table:  # {}: all are ties
             metrics["eval/accuracy"] = table["all"]["accuracy"]
-        report(run, metrics, table)
+        report(run, metrics, table, {})
     run.export(model)
 
 
-def update(run, cfg, model, ref_logprobs):
-    """Accumulate the gradient of this step's batch; ref_logprobs (n, 2) are of all rows. Returns the batch's metrics."""
+def update(run, cfg, model, ref_logprobs, loss):
+    """Accumulate the gradient of this step's batch; ref_logprobs (n, 2) are of all rows. Returns its metrics."""
     batch_indices = run.batch_indices()
     batch = run.rows.select(batch_indices)
-    batch_ref_logprobs = ref_logprobs[batch_indices]
     n_tokens = sum(len(chosen) for chosen, _ in batch["responses"])
     parts = []
     for indices in run.micro_batches(batch["length"]):
-        pairs = pair_logprobs(model, batch[indices], run.world.device, run.tokenizer.n_vocab)
-        chosen, rejected = pairs["logprobs"].unbind(1)  # (B,) each
-        ref_chosen, ref_rejected = batch_ref_logprobs[indices].unbind(1)
-        losses, chosen_rewards, rejected_rewards = dpo_loss(
-            chosen, rejected, ref_chosen, ref_rejected,
-            cfg.beta, cfg.loss_type, cfg.label_smoothing, pairs["lengths"],
-        )  # fmt: skip
-        loss = losses.sum() / cfg.batch_size - cfg.sft_coef * chosen.sum() / n_tokens
-        backward(run, loss, indices)
+        micro = batch[indices]
+        logprobs, lengths = pair_logprobs(model, micro, run.world.device, run.tokenizer.n_vocab)  # (B, 2)
+        losses, rewards = loss(cfg, logprobs, ref_logprobs[batch_indices[indices]], lengths)
+        chosen, rejected = logprobs.unbind(1)
+        # Each micro-batch adds its share of the whole batch's mean.
+        sft_loss = -chosen.sum() / n_tokens
+        backward(run, losses.sum() / cfg.batch_size + cfg.sft_coef * sft_loss, indices)
+
         values = {
             "loss/dpo": losses,
-            "rewards/chosen": chosen_rewards,
-            "rewards/rejected": rejected_rewards,
-            "rewards/accuracies": chosen_rewards > rejected_rewards,
+            "rewards/chosen": rewards[:, 0],
+            "rewards/rejected": rewards[:, 1],
+            "rewards/accuracies": rewards[:, 0] > rewards[:, 1],
             "logps/chosen": chosen,
             "logps/rejected": rejected,
         }
         parts.append({name: value.sum() / cfg.batch_size for name, value in values.items()})
+
     metrics = run.world.sum_scalars(parts)
     metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
     return metrics
@@ -111,40 +113,46 @@ def pair_logprobs(model, rows, device, n_vocab):
         responses += pair
     ids, select, targets, mask = collate(queries, responses, device)
     logprobs = model.logprobs(ids, select, targets, 1.0, n_vocab)  # (2 B, R)
-    return {"logprobs": (logprobs * mask).sum(1).view(-1, 2), "lengths": mask.sum(1).view(-1, 2)}
+    sums = (logprobs * mask).sum(1)
+    return sums.view(-1, 2), mask.sum(1).view(-1, 2)
+
+
+def pair_loss(cfg, logprobs, ref_logprobs, lengths):
+    """Losses (B,) and implicit rewards (B, 2) from logprobs, ref_logprobs and lengths (B, 2), chosen and rejected."""
+    chosen, rejected = logprobs.unbind(1)
+    ref_chosen, ref_rejected = ref_logprobs.unbind(1)
+    options = (cfg.beta, cfg.loss_type, cfg.label_smoothing)
+    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, *options)
+    return losses, torch.stack((chosen_rewards, rejected_rewards), dim=1)
 
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, loss_type="sigmoid",
-             label_smoothing=0.0, lengths=None):  # fmt: skip
+             label_smoothing=0.0):  # fmt: skip
     """Losses (B,) and implicit rewards (B,), (B,) from summed log-probabilities (B,) of the responses.
 
-    lengths (B, 2): the responses' tokens, for ipo_norm. label_smoothing: the probability that a label is wrong.
-    Raises UserError for an unknown loss_type and for a label_smoothing that it has no use for.
+    label_smoothing: the probability that a label is wrong. Raises UserError where loss_type has no use for it.
     """
-    takes_smoothing = loss_type in ("sigmoid", "robust") and label_smoothing < 0.5
-    wrong_smoothing = f"label_smoothing {label_smoothing} does not fit loss_type {loss_type!r}"
-    require(label_smoothing == 0 or takes_smoothing, f"{wrong_smoothing}; sigmoid and robust take one below 0.5")
     chosen_ratio = policy_chosen - ref_chosen
     rejected_ratio = policy_rejected - ref_rejected
     margin = chosen_ratio - rejected_ratio
-    right = F.logsigmoid(beta * margin)  # log-probability of the label, and of its opposite
-    wrong = F.logsigmoid(-beta * margin)
 
-    if loss_type == "sigmoid":  # arXiv:2305.18290 eq. 7; with label_smoothing: cDPO
+    if loss_type == "sigmoid":
+        # arXiv:2305.18290 eq. 7; with label_smoothing: cDPO
+        right = F.logsigmoid(beta * margin)
+        wrong = F.logsigmoid(-beta * margin)
         losses = -(1 - label_smoothing) * right - label_smoothing * wrong
-    elif loss_type == "robust":  # arXiv:2403.00409
-        losses = (-(1 - label_smoothing) * right + label_smoothing * wrong) / (1 - 2 * label_smoothing)
-    elif loss_type == "hinge":  # arXiv:2309.06657, hinge-norm
+    elif loss_type == "hinge":
+        # arXiv:2309.06657, hinge-norm
         losses = F.relu(1 - beta * margin)
-    elif loss_type == "ipo":  # arXiv:2310.12036 eq. 17
+    elif loss_type == "ipo":
+        # arXiv:2310.12036 eq. 17
         losses = (margin - 1 / (2 * beta)) ** 2
-    elif loss_type == "ipo_norm":
-        per_token = chosen_ratio / lengths[:, 0] - rejected_ratio / lengths[:, 1]
-        losses = (per_token - 1 / (2 * beta)) ** 2
-    elif loss_type == "apo_zero":  # arXiv:2408.06266
-        losses = 1 - torch.sigmoid(beta * chosen_ratio) + torch.sigmoid(beta * rejected_ratio)
     else:
-        raise UserError(f"loss_type {loss_type!r} is not known; use one of {LOSSES}")
+        raise UserError(f"loss_type {loss_type!r} is not known; use one of sigmoid, hinge, ipo")
+
+    takes_smoothing = loss_type == "sigmoid" and label_smoothing < 0.5
+    wrong = f"label_smoothing {label_smoothing} does not fit loss_type {loss_type!r}"
+    require(label_smoothing == 0 or takes_smoothing, f"{wrong}; sigmoid takes one below 0.5")
     return losses, beta * chosen_ratio, beta * rejected_ratio
 
 
@@ -152,7 +160,8 @@ def predict(cfg, world, n_vocab, model, rows):
     """Summed log-probabilities (n, 2) of every pair of a data set, on every rank."""
 
     def measure(indices):
-        return pair_logprobs(model, rows[indices], world.device, n_vocab)
+        logprobs, _ = pair_logprobs(model, rows[indices], world.device, n_vocab)
+        return {"logprobs": logprobs}
 
     return world.map_rows(measure, rows["length"], cfg.micro_batch_size)["logprobs"]
 

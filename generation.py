@@ -45,17 +45,20 @@ class KVCache:
 
     def update(self, layer, k, v):
         """Store k, v (B, H, T, E) of the tokens now fed; return the keys, values and mask to attend to."""
+        _, H, T, E = k.shape
         if layer not in self.layers:
             # Zeros, for what is masked must be finite.
-            shape = (2, len(self.mask), k.shape[1], self.mask.shape[1], k.shape[3])
-            self.layers[layer] = k.new_zeros(shape)
+            B, n_columns = self.mask.shape
+            self.layers[layer] = k.new_zeros(2, B, H, n_columns, E)
         keys, values = self.layers[layer]
+
         if self.rows is None:
+            # Written in place, by an index that is a tensor.
             keys.index_copy_(2, self.last, k)
             values.index_copy_(2, self.last, v)
             return keys, values, self.mask[:, None, None]
-        keys[self.rows, :, : k.shape[2]] = k
-        values[self.rows, :, : k.shape[2]] = v
+        keys[self.rows, :, :T] = k
+        values[self.rows, :, :T] = v
         return k, v, None
 
 
@@ -69,9 +72,11 @@ def prefill(model, queries, query_lens, n_columns, n_rows):
     logits = []
     for rows in order.split(n_rows):
         length = int(query_lens[rows[0]])
+        last = query_lens[rows, None] - 1
         cache.begin_prefill(rows, length)
-        logits.append(model(queries[rows, :length], query_lens[rows, None] - 1, cache))
-    return cache, torch.cat(logits)[order.argsort()]
+        logits.append(model(queries[rows, :length], last, cache))
+    logits = torch.cat(logits)  # in the order of the lengths
+    return cache, logits[order.argsort()]
 
 
 def decode_one_token(model, tokens, cache):
@@ -85,23 +90,29 @@ def sample_token(logits, temperature, uniforms, n_vocab=None):
 
     Returns tokens (B,) and their log-probabilities (B,) at that temperature (at 1 if it is 0).
     """
-    logits = logits[:, :n_vocab]
-    probs = F.softmax(logits.float() / (temperature or 1.0), dim=-1)  # (B, V)
+    logits = logits[:, :n_vocab].float()
     if temperature == 0:
-        tokens = logits.argmax(-1)
+        tokens = logits.argmax(-1, keepdim=True)  # (B, 1)
+        probs = F.softmax(logits, dim=-1)  # (B, V)
     else:
+        probs = F.softmax(logits / temperature, dim=-1)
         cdf = probs.cumsum(-1)
         # Up to rounding the CDF ends at 1: scaling by its end keeps every draw inside it.
-        ends = (uniforms * cdf[:, -1])[:, None]
+        end = cdf[:, -1:]
+        draws = uniforms[:, None] * end
         # `right` skips ids that have no probability at all.
-        tokens = torch.searchsorted(cdf, ends, right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
-    return tokens, probs.gather(1, tokens[:, None])[:, 0].clamp(min=1e-38).log()
+        tokens = torch.searchsorted(cdf, draws, right=True)
+        tokens = tokens.clamp(max=cdf.shape[1] - 1)
+    logprobs = probs.gather(1, tokens).clamp(min=1e-38).log()
+    return tokens[:, 0], logprobs[:, 0]
 
 
 @torch.compiler.set_stance("force_eager")
 @torch.no_grad()
-def generate(model, queries, query_lens, max_new_tokens, temperature, uniforms=None, eos_id=None, n_vocab=None,
-             return_logprobs=False, all_done=torch.all, prefill_rows=None):  # fmt: skip
+def generate(
+    model, queries, query_lens, max_new_tokens, temperature, uniforms=None,
+    eos_id=None, n_vocab=None, return_logprobs=False, all_done=torch.all, prefill_rows=None,
+):  # fmt: skip
     """Continue right-padded queries (B, Q) of lengths query_lens (B,) by max_new_tokens = R tokens: (B, R).
 
     temperature:     0 is greedy; else one uniform of `uniforms` (B, R) in [0, 1) decides each token.
@@ -114,34 +125,38 @@ def generate(model, queries, query_lens, max_new_tokens, temperature, uniforms=N
     require(temperature >= 0, "generate: temperature must not be negative; 0 is greedy")
     require(temperature == 0 or uniforms is not None, "generate: sampling needs uniforms; or use temperature 0")
     require(int(query_lens.min()) > 0, "generate: no query may be empty")
-    device = queries.device
-    queries = queries[:, : int(query_lens.max())]
-    is_query = torch.arange(queries.shape[1], device=device) < query_lens[:, None]
-    queries = queries.where(is_query, 0)  # a pad id need not be an id of the model
-    responses = queries.new_full((len(queries), max_new_tokens), eos_id or 0)
-    logprobs = torch.zeros(responses.shape, device=device)
-    done = torch.zeros(len(queries), dtype=torch.bool, device=device)
-    ask_every = 16 if queries.is_cuda else 1  # to ask a GPU whether all are done stops it
 
+    device = queries.device
+    B = len(queries)
+    Q = int(query_lens.max())
+    is_query = torch.arange(Q, device=device) < query_lens[:, None]
+    queries = queries[:, :Q].where(is_query, 0)  # a pad id need not be an id of the model
+    if uniforms is None:
+        uniforms = torch.zeros(B, max_new_tokens, device=device)  # greedy: nothing looks at them
+    responses = torch.full((B, max_new_tokens), eos_id or 0, device=device)
+    logprobs = torch.zeros(B, max_new_tokens, device=device)
+    done = torch.zeros(B, dtype=torch.bool, device=device)
+    ask_every = 16 if queries.is_cuda else 1  # to ask a GPU whether all are done stops it
     n_rows = prefill_rows or PREFILL_ROWS.get(device.type, 64)
-    cache, logits = prefill(model, queries, query_lens, queries.shape[1] + max_new_tokens, n_rows)
+    cache, logits = prefill(model, queries, query_lens, Q + max_new_tokens, n_rows)
+
     for t in range(max_new_tokens):
-        # 1. feed the token drawn before
+        # 1. Feed the token drawn before.
         if t > 0:
             logits = decode_one_token(model, responses[:, t - 1], cache)
-        # 2. draw the next one
-        draws = None if uniforms is None else uniforms[:, t]
-        tokens, logprob = sample_token(logits[:, 0], temperature, draws, n_vocab)
-        # 3. a row that has drawn EOS goes on with it
+        # 2. Draw the next one.
+        tokens, logprob = sample_token(logits[:, 0], temperature, uniforms[:, t], n_vocab)
+        # 3. A row that has drawn EOS goes on with it.
         if eos_id is not None:
             tokens = tokens.where(~done, eos_id)
             logprob = logprob.where(~done, 0.0)
             done |= tokens == eos_id
         responses[:, t] = tokens
         logprobs[:, t] = logprob
-        # 4. stop when every row has
+        # 4. Stop when every row has.
         if (t + 1) % ask_every == 0 and all_done(done):
             break
+
     if return_logprobs:
         return responses, logprobs
     return responses

@@ -14,7 +14,7 @@ so this is the same function as left padding.
 
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
@@ -24,50 +24,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fast
-from configurator import Count, UserError, check, explain, require
+from configurator import explain, require
 from fast import Linear
 from generation import generate  # noqa: F401 (notebooks take it from here)
+from hub.config import FIXED, GPTNeoXConfig
 from hub.files import write_json
-from hub.weights import FIXED, copy_rows, find_model, full, load_weights, read_config
-
-
-@dataclass
-class GPTNeoXConfig:
-    """The fields of the hub's config.json that shape the computation; the defaults are Pythia-14m's."""
-
-    vocab_size: Count = 50304
-    hidden_size: Count = 128
-    num_hidden_layers: Count = 6
-    num_attention_heads: Count = 4
-    intermediate_size: int = 0  # 0: four times hidden_size
-    rotary_pct: float = 0.25
-    rotary_emb_base: float = 10000.0
-    max_position_embeddings: Count = 2048
-    layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    use_parallel_residual: bool = True
-    eos_token_id: int = 0
-
-    def __post_init__(self):
-        if self.intermediate_size == 0:
-            self.intermediate_size = 4 * self.hidden_size
-        self.rotary_dims = int(self.hidden_size // self.num_attention_heads * self.rotary_pct)
-        fits = self.hidden_size % self.num_attention_heads == 0
-        fits = fits and self.rotary_dims % 2 == 0 and self.rotary_pct <= 1
-        sane = max(self.vocab_size, self.hidden_size, self.intermediate_size) < 10**7 and self.num_hidden_layers < 1000
-        require(fits and sane, f"sizes that do not fit together (heads, rotary dims) or are too large: {self}")
-
-    @classmethod
-    def from_directory(cls, directory):
-        """Read `directory`/config.json; keys that do not shape the computation are ignored."""
-        stored = read_config(directory)
-        values = {}
-        with explain(os.path.join(directory, "config.json"), UserError):
-            for field in fields(cls):
-                if stored.get(field.name) is not None:
-                    values[field.name] = check(field, stored[field.name])
-            return cls(**values)
-
+from hub.weights import copy_rows, find_model, full, load_weights
 
 # ---------------------------------------------------------------------------- the network
 
@@ -82,18 +44,23 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache, select):
         B, T, D = x.shape
+        E = D // self.n_heads
         # q, k and v of one head lie side by side, head after head.
-        qkv = self.query_key_value(x).view(B, T, self.n_heads, 3, D // self.n_heads)
+        qkv = self.query_key_value(x).view(B, T, self.n_heads, 3, E)
         qkv = qkv.permute(3, 0, 2, 1, 4)  # (3, B, H, T, E)
         q, k = rotate(qkv[:2], cos, sin)
         v = qkv[2]
+
         mask = None  # causal
         if cache is not None:
+            # It keeps these, and gives back those of the tokens before, too.
             k, v, mask = cache.update(self.layer, k, v)
         if select is not None:
             # Causal, as seen from these positions.
             q = take(q, select[:, None])
-            mask = torch.arange(T, device=x.device) <= select[:, None, :, None]  # (B, 1, R, T)
+            columns = torch.arange(T, device=x.device)
+            mask = columns <= select[:, None, :, None]  # (B, 1, R, T)
+
         attended = fast.attend(q, k, v, mask)  # F.scaled_dot_product_attention
         return self.dense(attended.transpose(1, 2).flatten(2))
 
@@ -110,7 +77,8 @@ def rotate(x, cos, sin):
     rest = x[..., rot:]
     first, second = head.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
-    return torch.cat((head * cos + turned * sin, rest), dim=-1)
+    head = head * cos + turned * sin
+    return torch.cat((head, rest), dim=-1)
 
 
 class MLP(nn.Module):
@@ -154,10 +122,15 @@ class Body(nn.Module):
 
     def forward(self, ids, select=None, cache=None):
         T = ids.shape[1]
-        length = T if cache is None else cache.mask.shape[1]
+        if cache is None:
+            length = T
+            positions = torch.arange(T, device=ids.device)
+        else:
+            length = len(cache.columns)
+            positions = cache.positions  # (.., T)
         limit = self.config.max_position_embeddings
         require(length <= limit, f"a sequence of {length} tokens is longer than the model's {limit}; shorten the rows")
-        positions = torch.arange(T, device=ids.device) if cache is None else cache.positions  # (.., T)
+
         h = self.embed_in(ids)
         cos, sin = self.rope(positions, h.dtype)
         # If few positions are asked for, the last block need not compute the others' attention and MLP.
@@ -170,6 +143,7 @@ class Body(nn.Module):
         return self.final_layer_norm(h)
 
     def run_block(self, block, *inputs):
+        # Dropout is off everywhere, so there is no state of a random generator to preserve.
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
         return block(*inputs)
@@ -178,7 +152,8 @@ class Body(nn.Module):
         """Positions (..., T) -> cos, sin (..., T, rot), computed in float32 and then cast."""
         rot = self.config.rotary_dims
         exponent = torch.arange(0, rot, 2, device=positions.device).float() / rot
-        angles = positions[..., None].float() * self.config.rotary_emb_base**-exponent
+        frequencies = self.config.rotary_emb_base**-exponent
+        angles = positions[..., None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -214,14 +189,16 @@ class Pretrained(nn.Module):
         is_main = not dist.is_initialized() or dist.get_rank() == 0
         state = {}
         for name, tensor in self.state_dict().items():
-            tensor = full(tensor)
+            # To gather a tensor takes all ranks; one of them keeps it.
+            whole = full(tensor)
             if is_main:
-                state[name] = tensor.cpu()
+                state[name] = whole.cpu()
+
         if is_main:
             os.makedirs(directory, exist_ok=True)
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            values = dict(architectures=[self.architecture], torch_dtype=dtype)
-            write_json(os.path.join(directory, "config.json"), {**values, **FIXED, **asdict(self.config)})
+            dtype = str(whole.dtype).removeprefix("torch.")
+            values = dict(architectures=[self.architecture], torch_dtype=dtype, **FIXED, **asdict(self.config))
+            write_json(os.path.join(directory, "config.json"), values)
             save_file(state, os.path.join(directory, "model.safetensors"), {"format": "pt"})
 
 
@@ -249,17 +226,14 @@ class GPTNeoX(Pretrained):
         h = self.gpt_neox(ids, select)
         if not self.logits_chunk:
             return head(h, targets)
+
+        # Only a chunk's logits are there at a time; the backward pass computes them again.
         pieces = []
         for start in range(0, targets.shape[1], self.logits_chunk):
             columns = slice(start, start + self.logits_chunk)
             piece = (h[:, columns], targets[:, columns])
             pieces.append(checkpoint(head, *piece, use_reentrant=False, preserve_rng_state=False))
         return torch.cat(pieces, -1)
-
-
-class ScalarHead(nn.Linear):
-    def forward(self, h):
-        return super().forward(h)[..., 0].float().clone()  # FSDP's hooks warn of outputs that are views
 
 
 class ScalarModel(Pretrained):
@@ -274,11 +248,12 @@ class ScalarModel(Pretrained):
 
     def __init__(self, config):
         super().__init__(config)
-        self.score = ScalarHead(config.hidden_size, 1)
+        self.score = nn.Linear(config.hidden_size, 1)
         init_weights(self)
 
     def forward(self, ids, select=None):
-        return self.score(self.gpt_neox(ids, select))
+        scalars = self.score(self.gpt_neox(ids, select))[..., 0]
+        return scalars.float().clone()  # FSDP's hooks warn of outputs that are views
 
 
 def token_logprobs(logits, tokens, temperature=1.0, n_vocab=None, with_entropy=False):
@@ -288,10 +263,12 @@ def token_logprobs(logits, tokens, temperature=1.0, n_vocab=None, with_entropy=F
     with_entropy: return (2, B, R), with the entropy of that distribution in nats as the second.
     This is the plain way; training takes `fast.token_logprobs`, which gives the same in a fraction of the memory.
     """
-    log_p = (logits[..., :n_vocab].float() / temperature).log_softmax(-1)
+    known = logits[..., :n_vocab].float()
+    log_p = (known / temperature).log_softmax(-1)
     logprobs = log_p.gather(-1, tokens[..., None])[..., 0]
     if not with_entropy:
         return logprobs
+
     entropy = -(log_p.exp() * log_p).sum(-1)
     return torch.stack((logprobs, entropy))
 
@@ -306,16 +283,18 @@ def init_weights(model, seed=None, only=""):
     for index, (name, parameter) in enumerate(model.named_parameters()):
         if parameter.is_meta or not name.startswith(only):
             continue
+
         if name.endswith("bias"):
-            value = torch.zeros(())
+            value = torch.zeros(parameter.shape)
         elif "norm" in name:
-            value = torch.ones(())
+            value = torch.ones(parameter.shape)
         else:
             generator = None
             if seed is not None:
+                # Each tensor's own, so that a rank that holds a part of it draws the same.
                 generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
             std = model.config.initializer_range
             if "score" in name:
                 std = 1 / math.sqrt(model.config.hidden_size + 1)
             value = torch.randn(parameter.shape, generator=generator) * std
-        copy_rows(parameter, value.expand(parameter.shape))
+        copy_rows(parameter, value)

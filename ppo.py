@@ -21,7 +21,7 @@ What travels in a batch, a dict of tensors that are the same on every rank:
 
     key                               shape    written by    read by
     responses                         (B, R)   rollout       response_lists: every pass; write_samples
-    has_eos, last, length             (B,)     rollout       where a response ends; rollout_metrics, shape_rewards
+    has_eos, last, length             (B,)     rollout       where a response ends; rollout_metrics
     logprobs, ref_logprobs, kl        (B, R)   rollout       advantages, the losses, rollout_metrics
     values                            (B, R)   rollout       advantages, critic_loss (with a critic)
     scores                            (B,)     rollout       advantages, rollout_metrics, write_samples
@@ -39,7 +39,7 @@ differs from the reference step of arXiv:2403.17031:
 - Nothing behind truncate_token counts; arXiv:1909.08593 trains the policy on that as well.
 """
 
-import inspect
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,7 +48,8 @@ import torch
 import torch.nn.functional as F
 
 from configurator import Count, Positive, Signed, configure, require
-from data import collate, last_scalars, read_split, uniforms
+from data import collate, pick, uniforms
+from evals import scores
 from hub.files import write_jsonl
 from model import GPTNeoX, ScalarModel
 from runtime import Run, TrainConfig, backward, generate_rows, load_model, optimizer_step, stage, start
@@ -109,9 +110,13 @@ def train(run, cfg, policy, reference, critic, score, advantages, token_loss, be
         queries = run.rows[row_indices]["query"]
         batch = rollout(run, cfg, policy, reference, critic, score, queries, row_indices)
         batch = advantages(cfg, batch, run.state)
+
+        # What the samples say comes first: the update changes the policy that they are of.
         metrics = {"episode": (step + 1) * cfg.batch_size}
         metrics.update(rollout_metrics(batch, run.state.get("kl_coef", 0.0)))
         metrics.update(ppo_update(run, cfg, policy, critic, queries, batch, token_loss, before_step))
+
+        # The next batch's coefficient, and a variant's, follow these; a checkpoint keeps them.
         run.state["kl"] = metrics["objective/kl"]
         run.state["update_kl"] = metrics["policy/approxkl_avg"]
         if after_update is not None:
@@ -138,19 +143,14 @@ def rollout(run, cfg, policy, reference, critic, score, queries, row_indices):
     # 1. Sample a fixed number of tokens, EOS among them (detail 23.1): one uniform number decides each.
     draws = uniforms((len(queries), cfg.response_length), cfg.seed, run.step)
     stop = None if cfg.truncate_after else end_id
-    size = cfg.rollout_micro_batch_size
-    responses, sampled = generate_rows(cfg, run.world, policy, queries, draws, stop, n_vocab, size)
+    n_rows = cfg.rollout_micro_batch_size
+    responses, sampled = generate_rows(cfg, run.world, policy, queries, draws, stop, n_vocab, n_rows)
 
     # 2. A response ends at its first EOS; what stands behind does not count (detail 23.2).
     has_eos, last = find_eos(responses, end_id, cfg.truncate_after)
-    query_lens = torch.tensor([len(query) for query in queries], device=last.device)
-    batch = {
-        "responses": responses,
-        "sampled_logprobs": sampled,
-        "has_eos": has_eos,
-        "last": last,
-        "length": query_lens + last,
-    }
+    query_lens = torch.tensor(list(map(len, queries)), device=last.device)
+    batch = {"responses": responses, "sampled_logprobs": sampled, "has_eos": has_eos, "last": last}
+    batch["length"] = query_lens + last
 
     # 3. Measure it: log-probabilities by the pass that trains, the critic's values, the score.
     def measure(indices):
@@ -160,16 +160,19 @@ def rollout(run, cfg, policy, reference, critic, score, queries, row_indices):
         columns = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "entropy": entropy}
         if critic is not None:
             columns["values"] = critic(ids, select)
+
+        # Micro-batches are as wide as their own longest response; a batch has response_length columns.
         missing = cfg.response_length - select.shape[1]
         columns = {name: F.pad(column, (0, missing)) for name, column in columns.items()}
+
         ended = response_lists(batch, indices)
         if end_id != eos_id:
             # A reward model is read at EOS: behind another end it is put there.
             ended = [ids + [eos_id] for ids in ended]
-        columns["scores"] = score([queries[i] for i in indices], ended, row_indices[indices])
+        columns["scores"] = score(pick(queries, indices), ended, row_indices[indices])
         return columns
 
-    batch.update(run.world.map_rows(measure, batch["length"].tolist(), size))
+    batch.update(run.world.map_rows(measure, batch["length"].tolist(), n_rows))
     refuse_nonfinite(batch, run.step)
 
     # 4. Without EOS a score means nothing (detail 13): a constant takes its place (detail 23.3).
@@ -195,7 +198,7 @@ def sequence_inputs(run, queries, batch, indices):
     that counts is read at EOS, in the column that predicts that token.
     """
     responses = response_lists(batch, indices, more=2)
-    ids, select, targets, _ = collate([queries[i] for i in indices], responses, run.world.device)
+    ids, select, targets, _ = collate(pick(queries, indices), responses, run.world.device)
     return ids, select, targets
 
 
@@ -208,9 +211,10 @@ def response_lists(batch, indices, more=1):
 
 def refuse_nonfinite(batch, step):
     for name, column in batch.items():
-        is_bad = ~column.isfinite().view(len(column), -1).all(1)
-        bad = is_bad.nonzero()[:, 0].tolist()
-        require(not bad, f"step {step}: {name} of the batch's rows {bad} are not finite; look at those, or lower lr")
+        is_finite = column.isfinite().view(len(column), -1).all(1)
+        bad = (~is_finite).nonzero()[:, 0].tolist()
+        which = f"{name} of the batch's rows {bad} are not finite"
+        require(not bad, f"step {step}: {which}; look at those, or lower lr")
 
 
 # ---------------------------------------------------------------------------- what each token was worth
@@ -224,25 +228,28 @@ def advantages(cfg, batch, state):
     # 1. The penalty's coefficient: an adaptive one follows the KL of the last batch.
     controller = FixedKLController(cfg.kl_coef)
     if cfg.kl_target:
-        controller = AdaptiveKLController(state.get("kl_coef", cfg.kl_coef), cfg.kl_target, cfg.kl_horizon)
+        before = state.get("kl_coef", cfg.kl_coef)
+        controller = AdaptiveKLController(before, cfg.kl_target, cfg.kl_horizon)
     if "kl" in state:
         controller.update(state["kl"], cfg.batch_size)
     state["kl_coef"] = controller.value
 
     # 2. Rewards: the penalty at each token, the score at the end.
-    last = batch["last"]
-    mask = batch["mask"]
-    rewards = shape_rewards(batch["kl"], batch["scores"], last, mask, controller.value, cfg.whiten_rewards)
+    mask_p1 = batch["mask_p1"]
+    options = (controller.value, cfg.whiten_rewards)
+    rewards = shape_rewards(batch["kl"], batch["scores"], mask_p1, *options)
 
     # 3. Advantages, and the returns that the critic learns.
-    values = batch["values"] * batch["mask_p1"]
+    values = batch["values"] * mask_p1
     estimates = gae(rewards, values, cfg.gamma, cfg.lam)
     returns = estimates + values
 
     # 4. Advantages of mean 0 and variance 1 over the whole batch (detail 25).
-    estimates = whiten(estimates, mask) if cfg.whiten_advantages else estimates * mask
-    new = {"values": values, "rewards": rewards, "advantages": estimates, "weights": mask, "returns": returns}
-    return {**batch, **new}
+    mask = batch["mask"]
+    if cfg.whiten_advantages:
+        estimates = whiten(estimates, mask)
+    new = {"rewards": rewards, "values": values, "returns": returns}
+    return {**batch, **new, "advantages": estimates * mask, "weights": mask}
 
 
 class FixedKLController:
@@ -267,19 +274,18 @@ class AdaptiveKLController:
         self.value *= max(1 + error * n_episodes / self.horizon, 0.1)  # a short horizon must not turn its sign
 
 
-def shape_rewards(kl, scores, last, mask, kl_coef, whiten_rewards=False):
+def shape_rewards(kl, scores, mask_p1, kl_coef, whiten_rewards=False):
     """Rewards per token (B, R): -kl_coef * KL, plus the score.
 
-    kl (B, R) is estimated by log p - log p_ref. scores (B,) are paid at last + 1, the step after EOS, or at the last
-    column if there is no such step.
+    kl (B, R) is estimated by log p - log p_ref. scores (B,) are paid where mask_p1 ends: at the step after EOS, or at
+    the last column if there is no such step.
     whiten_rewards: divide by the standard deviation, keep the mean (arXiv:2403.17031 detail 24).
     """
     rewards = -kl_coef * kl
-    end = (last + 1).clamp(max=mask.shape[1] - 1)
-    rewards[torch.arange(len(rewards), device=rewards.device), end] += scores
+    end = mask_p1.sum(1) - 1
+    rewards.scatter_add_(1, end[:, None], scores[:, None])
     if whiten_rewards:
-        columns = torch.arange(mask.shape[1], device=mask.device)
-        rewards = whiten(rewards, columns <= last[:, None] + 1, shift_mean=False)
+        return whiten(rewards, mask_p1, shift_mean=False)
     return rewards
 
 
@@ -325,9 +331,11 @@ def ppo_update(run, cfg, policy, critic, queries, batch, token_loss, before_step
     for number, indices in enumerate(minibatch_indices(cfg, run.step)):
         stats = accumulate(run, cfg, policy, critic, queries, batch, indices, token_loss, policy_learns)
         for part in stats:
-            # Before any step of this update the ratio must be 1, or rollout and update disagree.
-            first_ratio = part["val/ratio_avg"] if number == 0 else torch.zeros_like(part["val/ratio_avg"])
-            parts.append({"val/ratio": first_ratio, **{name: x / n_steps for name, x in part.items()}})
+            ratio = part["val/ratio_avg"]
+            # Before any step of this update it must be 1, or rollout and update disagree.
+            first_ratio = ratio if number == 0 else torch.zeros_like(ratio)
+            means = {name: x / n_steps for name, x in part.items()}
+            parts.append({"val/ratio": first_ratio, **means})
 
         if before_step is not None and policy_learns:
             metrics.update(run.world.sum_scalars(stats))
@@ -354,6 +362,7 @@ def accumulate(run, cfg, policy, critic, queries, batch, indices, token_loss, po
     total_weight = minibatch["weights"].sum()
     n_values = minibatch["mask_p1"].sum()
     with_entropy = cfg.entropy_coef > 0
+    options = (cfg.temperature, run.tokenizer.n_vocab, with_entropy)
     parts = []
     for part in run.micro_batches(minibatch["length"].tolist()):
         ids, select, targets = sequence_inputs(run, queries, batch, indices[part])
@@ -363,7 +372,7 @@ def accumulate(run, cfg, policy, critic, queries, batch, indices, token_loss, po
 
         # One model at a time: its activations are gone before the next one's come.
         with torch.set_grad_enabled(policy_learns):
-            new = policy.logprobs(ids, select, targets, cfg.temperature, run.tokenizer.n_vocab, with_entropy)
+            new = policy.logprobs(ids, select, targets, *options)
         new_logprobs, new_entropy = new if with_entropy else (new, None)
         loss, stats = actor_loss(cfg, token_loss, new_logprobs, micro, total_weight, new_entropy)
         if policy_learns:
@@ -422,12 +431,14 @@ def critic_loss(cfg, new_values, micro, n_values):
     vf_loss = value_loss(new_values, micro["values"], micro["returns"], cfg.cliprange_value)
     is_clipped = vf_loss > 0.5 * (new_values - micro["returns"]) ** 2
     loss = (vf_loss * weights).sum()
-    return cfg.vf_coef * loss, {"loss/value_avg": loss.detach(), "val/clipfrac_avg": (is_clipped * weights).sum()}
+    stats = {"loss/value_avg": loss.detach(), "val/clipfrac_avg": (is_clipped * weights).sum()}
+    return cfg.vf_coef * loss, stats
 
 
 def value_loss(new_values, values, returns, cliprange_value):
     """Half the squared error, or that of the value clipped to stay near the old one if it is larger: (B, R)."""
-    clipped = values + (new_values - values).clamp(-cliprange_value, cliprange_value)
+    change = new_values - values
+    clipped = values + change.clamp(-cliprange_value, cliprange_value)
     vf_loss = (new_values - returns) ** 2
     vf_loss_clipped = (clipped - returns) ** 2
     return 0.5 * torch.maximum(vf_loss, vf_loss_clipped)
@@ -464,20 +475,17 @@ def rollout_metrics(batch, kl_coef):
 
 def write_samples(run, cfg, queries, batch):
     """A few rows of this update's rollout into samples.jsonl."""
-    responses = response_lists(batch, slice(cfg.samples_rows))
     rows = []
-    for number, response in enumerate(responses):
-        rows.append({
-            "step": run.step,
-            "query": run.tokenizer.decode(queries[number]),
-            "response": run.tokenizer.decode(response),
-            "score": batch["scores"][number].item(),
-            "kl": batch["kl"][number].sum().item(),
-        })  # fmt: skip
+    for number, response in enumerate(response_lists(batch, slice(cfg.samples_rows))):
+        row = {"step": run.step, "query": run.tokenizer.decode(queries[number])}
+        row["response"] = run.tokenizer.decode(response)
+        row["score"] = batch["scores"][number].item()
+        row["kl"] = batch["kl"][number].sum().item()
+        rows.append(row)
     write_jsonl(run.out_dir / "samples.jsonl", rows, "a")
 
 
-# ---------------------------------------------------------------------------- the models, the score, the doors
+# ---------------------------------------------------------------------------- the models and the doors
 
 
 @stage
@@ -498,63 +506,35 @@ def main(cfg, score=None, advantages=advantages, token_loss=clipped_surrogate, w
     """
     world, data = start(cfg, n_responses=0, n_minibatches=cfg.n_minibatches)
     n_vocab = data.tokenizer.n_vocab
-    require_below("critic_steps", cfg.critic_steps, data.n_updates)  # else the policy would never learn,
-    require_below("truncate_token", cfg.truncate_token, n_vocab)  # or no response ever end
-    require_below("truncate_after", cfg.truncate_after, cfg.response_length)
-    whole_groups = cfg.batch_size % cfg.group_size == 0
-    require(whole_groups, f"batch_size {cfg.batch_size} must be a multiple of group_size {cfg.group_size}")
+    # Beyond these limits the policy would never learn, or no response ever end.
+    limits = dict(critic_steps=data.n_updates, truncate_token=n_vocab, truncate_after=cfg.response_length)
+    for name, limit in limits.items():
+        require(getattr(cfg, name) < limit, f"{name} must be below {limit} in this run; lower it")
+    sizes = f"batch_size {cfg.batch_size} must be a multiple of group_size {cfg.group_size}"
+    require(cfg.batch_size % cfg.group_size == 0, sizes)
 
-    policy = load_model(cfg, world, n_vocab, GPTNeoX, cfg.model, trainable=True)
-    reference = load_model(cfg, world, n_vocab, GPTNeoX, cfg.reference or cfg.model)
-    sources = [] if score is not None else cfg.reward_model.split(",")
-    reward_models = [load_model(cfg, world, n_vocab, ScalarModel, source) for source in sources]
+    load = functools.partial(load_model, cfg, world, n_vocab)
+
+    policy = load(GPTNeoX, cfg.model, trainable=True)
+    reference = load(GPTNeoX, cfg.reference or cfg.model)
+    if score is None:
+        scorer = scores.by_models(cfg, world, data.tokenizer, cfg.reward_model)
+    else:
+        scorer = scores.by_function(cfg, world, data.tokenizer, score)
+
     models = {"policy": policy}
     critic = None
     if with_critic:
-        start_of_critic = cfg.critic or (sources[0] if sources else "")
-        new_head = not start_of_critic
-        critic_source = start_of_critic or cfg.model
-        critic = load_model(cfg, world, n_vocab, ScalarModel, critic_source, trainable=True, new_head=new_head)
+        # It starts from the (first) reward model, where there is one; else with a new head.
+        source = cfg.critic
+        if not source and score is None:
+            source = cfg.reward_model.split(",")[0]
+        critic = load(ScalarModel, source or cfg.model, trainable=True, new_head=not source)
         models["critic"] = critic
 
     run = Run(cfg, world, data, models, lrs={"critic": cfg.critic_lr})
-    if score is None:
-        scorer = model_scorer(run, reward_models)
-    else:
-        scorer = text_scorer(run, cfg, score)
     train(run, cfg, policy, reference, critic, scorer, advantages, token_loss, before_step, after_update)
     run.export(policy)
-
-
-def require_below(name, value, limit):
-    require(value < limit, f"{name} must be below {limit} in this run; lower it")
-
-
-def model_scorer(run, reward_models):
-    """A function of lists of ids and of positions in the data -> scores (rows,), by the mean of reward models."""
-
-    def score(queries, responses, indices):
-        return last_scalars(reward_models, run.world.device, queries, responses)
-
-    return score
-
-
-def text_scorer(run, cfg, function):
-    """The same by a function of texts, and of the data's rows if it takes them."""
-    parameters = inspect.signature(function).parameters.values()
-    needed = [parameter for parameter in parameters if parameter.default is parameter.empty]
-    takes_rows = len(needed) > 2 or "rows" in [parameter.name for parameter in parameters]
-    data = read_split(cfg.data, cfg.train_split) if takes_rows else None
-
-    def score(queries, responses, indices):
-        texts = [list(map(run.tokenizer.decode, lists)) for lists in (queries, responses)]
-        if takes_rows:
-            texts.append([data[int(index)] for index in indices])
-        scores = [float(x) for x in function(*texts)]
-        require(len(scores) == len(responses), f"score gave {len(scores)} for {len(responses)} texts; return one each")
-        return torch.tensor(scores, device=run.world.device)
-
-    return score
 
 
 if __name__ == "__main__":

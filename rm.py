@@ -43,12 +43,14 @@ class Config(TrainConfig):
 @stage
 def main(cfg):
     world, data = start(cfg, n_responses=2, ranked=True)
+    tokenizer = data.tokenizer
     references = None
     if cfg.normalize_data:
-        references = load_split(cfg, world, data.tokenizer, cfg.normalize_data, cfg.train_split, n_responses=1)
-    model = load_model(cfg, world, data.tokenizer.n_vocab, ScalarModel, cfg.model, trainable=True, new_head=True)
+        references = load_split(cfg, world, tokenizer, cfg.normalize_data, cfg.train_split, n_responses=1)
+    model = load_model(cfg, world, tokenizer.n_vocab, ScalarModel, cfg.model, trainable=True, new_head=True)
     run = Run(cfg, world, data, {"model": model})
     for step in run.train():
+        # Gain and bias are set on the new head as well, before it learns.
         if step == 0 and references and cfg.normalize_std:
             normalize(run, cfg, model, references)
         metrics = update(run, cfg, model)
@@ -68,7 +70,8 @@ def main(cfg):
         if table:  # {}: all are ties
             metrics["eval/accuracy"] = table["all"]["accuracy"]
         metrics["eval/loss"] = predicted["loss"].mean().item()
-        details.update(eos_rewards(run, cfg, model, run.held_out.select(range(min(1024, len(run.held_out))))))
+        some = run.held_out.select(range(min(1024, len(run.held_out))))
+        details.update(eos_rewards(run, cfg, model, some))
     report(run, metrics, table, details)
     run.export(model)
 
@@ -82,11 +85,10 @@ def update(run, cfg, model):
         loss = out["loss"].sum() / cfg.batch_size
         backward(run, loss, indices)
         margin = out["margin"]
-        parts.append({
-            "loss/rm": loss,
-            "train/accuracy": (margin > 0).sum() / cfg.batch_size,
-            "train/margin": margin.sum() / cfg.batch_size,
-        })  # fmt: skip
+        accuracy = (margin > 0).sum() / cfg.batch_size
+        mean_margin = margin.sum() / cfg.batch_size
+        parts.append({"loss/rm": loss, "train/accuracy": accuracy, "train/margin": mean_margin})
+
     return run.world.sum_scalars(parts)
 
 
@@ -95,6 +97,7 @@ def forward(cfg, model, rows, device):
 
     Returns a dict of tensors (B,): loss, the best response's reward, and margin, its distance to the worst one's.
     """
+    # All responses of all rows stand one below the other.
     queries = []
     responses = []
     counts = []
@@ -102,9 +105,12 @@ def forward(cfg, model, rows, device):
         queries += [query] * len(ranked)
         responses += ranked
         counts.append(len(ranked))
+
     rewards = last_scalars([model], device, queries, responses).split(counts)
     rewards = torch.nn.utils.rnn.pad_sequence(rewards, batch_first=True)  # (B, K), 0 where a row has fewer
     counts = torch.tensor(counts, device=device)
+
+    # A label may be a probability; chain-of-thought labels are kept from being too sure.
     target = torch.tensor(rows["target"], device=device)
     target = target.clamp(0.5 - cfg.target_clamp, 0.5 + cfg.target_clamp)
 
@@ -183,8 +189,10 @@ def eos_rewards(run, cfg, model, rows):
         micro = rows[indices]
         best = [responses[0] for responses in micro["responses"]]
         ids, select, _, mask = collate(micro["query"], best, run.world.device)
+        # `select` is where a token is predicted: the token itself is one further.
         rewards = model(ids, (select + 1).clamp(max=ids.shape[1] - 1)) * mask  # (B, R), each token's own
         lengths = mask.sum(1)
+
         at_eos = rewards.gather(1, lengths[:, None] - 1)[:, 0]
         others = (lengths - 1).clamp(min=1)
         negative = (rewards < 0).sum(1) - (at_eos < 0).int()

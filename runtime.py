@@ -13,13 +13,12 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from configurator import Count, Share, check, require
-from data import batch_indices, load_rows, pad_right
+from configurator import Count, Share, UserError, check, require
+from data import batch_indices, load_rows
 from distributed.checkpoint import LOGS, resume, save_checkpoint
 from distributed.optimizer import backward, make_optimizer, optimizer_step  # noqa: F401 (for the stages)
 from distributed.processes import Done, Signals, World, stage  # noqa: F401
-from distributed.sharding import keep_whole, load_model  # noqa: F401
-from generation import generate
+from distributed.sharding import generate_rows, keep_whole, load_model  # noqa: F401
 from hub.files import move, read_json, write_json, write_jsonl
 from hub.tokenizer import Tokenizer
 
@@ -103,14 +102,17 @@ def start(cfg, n_responses, tokenizer="", n_minibatches=1, **options):
     """
     world = World(cfg)
     out_dir = open_directory(cfg, world)
+    # Rank 0 looks: processes must not differ in what they find.
     if world.agree_on((out_dir / "final").exists()):
         world.print(f"{out_dir}/final is there already; to train again, choose another out_dir")
         raise Done
+
     tokenizer = Tokenizer.load(tokenizer or cfg.model)
-    train = load_split(cfg, world, tokenizer, cfg.data, cfg.train_split, n_responses=n_responses, **options)
-    held_out = cfg.eval_split
+    options["n_responses"] = n_responses
+    train = load_split(cfg, world, tokenizer, cfg.data, cfg.train_split, **options)
+    held_out = ""
     if cfg.eval_split:
-        held_out = load_split(cfg, world, tokenizer, cfg.data, cfg.eval_split, n_responses=n_responses, **options)
+        held_out = load_split(cfg, world, tokenizer, cfg.data, cfg.eval_split, **options)
 
     parts = n_minibatches * world.size
     require(cfg.batch_size % parts == 0, f"batch_size must be a multiple of {parts}, minibatches x processes")
@@ -133,13 +135,17 @@ def open_directory(cfg, world):
     lines = [f"{key} = {value!r}" for key, value in values.items()]
     del values["accept_changes"]
     del values["out_dir"]  # a run may be moved
+
     # A model's config.json must stay, too.
-    begun = ("checkpoints", "final", "model.safetensors", "model.safetensors.index.json", *LOGS)
-    if not cfg.accept_changes and any((out_dir / name).exists() for name in begun):
+    signs = ("checkpoints", "final", "model.safetensors", "model.safetensors.index.json", *LOGS)
+    has_begun = any((out_dir / name).exists() for name in signs)
+    if has_begun and not cfg.accept_changes:
         was = read_json(out_dir / "config.json")
-        changed = [f"{key} ({was.get(key)!r} -> {new!r})" for key, new in values.items() if was.get(key) != new]
-        which = f"{out_dir} holds a run with another configuration: {', '.join(changed)}"
-        require(not changed, f"{which}; choose another out_dir, or go on knowingly with --accept_changes")
+        pairs = [(key, was.get(key), new) for key, new in values.items()]
+        changed = ", ".join(f"{key} ({old!r} -> {new!r})" for key, old, new in pairs if old != new)
+        mend = "choose another out_dir, or go on knowingly with --accept_changes"
+        require(not changed, f"{out_dir} holds a run with another configuration: {changed}; {mend}")
+
     world.print(*lines)
     if world.is_main:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -165,15 +171,18 @@ class Run:
         self.cfg = cfg
         self.world = world
         self.out_dir = Path(cfg.out_dir)
-        self.lock = open(self.out_dir / "lock", "w") if world.is_main else None
+        self.lock = open(self.out_dir / "lock", "w")  # noqa: SIM115 (held until this process ends)
+
         self.tokenizer = data.tokenizer
         self.rows = data.train
         self.held_out = data.held_out
         self.total = data.n_updates
+
         self.models = nn.ModuleDict(models)
         self.optimizer = make_optimizer(cfg, self.models, lrs or {})
         self.losses = []  # of the micro-batches since the last step: (positions in the batch, loss)
         self.skipped = 0  # steps left out since the last row of metrics.jsonl
+
         self.state = {}  # what else a resumed run needs, in JSON; stages and variants change it in place
         self.bar = tqdm(total=self.total, disable=not world.is_main, desc=self.out_dir.name)
         self.signals = Signals(self.bar)
@@ -188,90 +197,63 @@ class Run:
         self.bar.initial = self.step
         self.bar.n = self.step
         self.signals.listen()
+
         while self.step < self.total:
             yield self.step
             self.step += 1
             self.bar.update()
+
+            # A signal may have come to one process alone: all must stop after the same update.
             stopping = self.world.any_rank(self.signals.asked > 0)
-            # The last update has one too: evaluation and export can fail.
-            is_due = self.cfg.save_every and (self.step % self.cfg.save_every == 0 or self.step == self.total)
-            if stopping or is_due:
+            if stopping or self.checkpoint_is_due():
                 save_checkpoint(self)
             if stopping:
                 self.world.print(f"stopped after update {self.step}; the same command goes on from there")
                 raise Done
         self.signals.let_it_finish()
 
+    def checkpoint_is_due(self):
+        if self.cfg.save_every == 0:
+            return False
+        # The last update has one too: evaluation and export can fail.
+        return self.step % self.cfg.save_every == 0 or self.step == self.total
+
     def batch_indices(self):
         """Positions (batch_size,) of this step's rows; with PPO's group_size each stands there so many times."""
         group_size = getattr(self.cfg, "group_size", 1)
-        indices = batch_indices(len(self.rows), self.cfg.batch_size // group_size, self.step, self.cfg.seed)
+        n_rows = self.cfg.batch_size // group_size
+        indices = batch_indices(len(self.rows), n_rows, self.step, self.cfg.seed)
         return np.repeat(indices, group_size)
 
     def micro_batches(self, lengths):
         """`split_rows` for passes that train: with train_gather parameters and gradients stay whole until the last."""
         micro_batches = self.world.split_rows(lengths, self.cfg.micro_batch_size)
         for number, indices in enumerate(micro_batches, 1):
-            keep_whole(self.models.values(), self.cfg.train_gather and number < len(micro_batches))
+            is_last = number == len(micro_batches)
+            keep_whole(self.models.values(), self.cfg.train_gather and not is_last)
             yield indices
 
     def log(self, metrics, watch=()):
         """Append one row to metrics.jsonl; show the metrics named in `watch` beside the progress bar."""
         row = {"step": self.step, **metrics}
         bad = {name: x for name, x in metrics.items() if not math.isfinite(x)}
-        if self.cfg.on_nonfinite == "stop":
-            require(not bad, f"step {self.step}: {bad}; lower lr, or look at the rows of that step")
-        else:
+        if self.cfg.on_nonfinite == "skip":
             row.update(dict.fromkeys(bad))  # JSON has no NaN: null
             row["skipped"] = self.skipped
             self.skipped = 0
+        elif bad:
+            raise UserError(f"step {self.step}: {bad}; lower lr, or look at the rows of that step")
+
         if self.world.is_main:
             write_jsonl(self.out_dir / "metrics.jsonl", [row], "a")
         self.bar.set_postfix({name.split("/")[-1]: f"{metrics[name]:.4g}" for name in watch})
 
     def export(self, model, name="final"):
         """Write out_dir/`name`, a model directory that transformers and the next stage load. Collective."""
+        # It has its name once all of it is there: who kills the run leaves no half a model.
         temporary = self.out_dir / f"tmp_{name}"
         model.save_pretrained(temporary)
         if self.world.is_main:
             shutil.copyfile(self.tokenizer.path, temporary / "tokenizer.json")
             move(temporary, self.out_dir / name)  # a resumed run writes some again
             print(f"\nwrote {self.out_dir / name}", flush=True)
-
-
-# ---------------------------------------------------------------------------- sampling
-
-
-def generate_rows(cfg, world, model, queries, draws, stop, n_vocab, micro_batch_size):
-    """Sample for n queries (lists of ids) with draws (n, R): responses and their logprobs (n, R), on all ranks.
-
-    A response that has drawn the id `stop` goes on with it; None: all are sampled to their end.
-    With cfg.rollout_gather the parameters stay whole meanwhile, with no collective per token; without it they are
-    gathered block by block for each, and all ranks take as many steps as the slowest.
-    """
-
-    def all_done(done):
-        if cfg.rollout_gather:
-            return done.all()
-        return not world.any_rank(~done.all())
-
-    def sample(indices):
-        ids, lengths = pad_right([queries[i] for i in indices])
-        responses, logprobs = generate(
-            model,
-            ids.to(world.device),
-            lengths.to(world.device),
-            max_new_tokens=draws.shape[1],
-            temperature=cfg.temperature,
-            uniforms=draws[indices].to(world.device),
-            eos_id=stop,
-            n_vocab=n_vocab,
-            return_logprobs=True,
-            all_done=all_done,
-        )
-        return {"responses": responses, "logprobs": logprobs}
-
-    keep_whole([model], cfg.rollout_gather)
-    rows = world.map_rows(sample, [len(query) for query in queries], micro_batch_size)
-    keep_whole([model], False)  # the next forward pass shards them again
-    return rows["responses"], rows["logprobs"]

@@ -53,15 +53,18 @@ def main(cfg):
     sources = cfg.model.split(",")
     if cfg.out_dir and not cfg.prompt:
         out_dir = open_directory(cfg, world)
-    alone = len(sources) == 1 and cfg.best_of == 1
-    scored = cfg.reward_model and not cfg.prompt
-    require(alone or scored, "several models, or best_of, need a reward_model and data")
-    require(cfg.reference or not cfg.compare, "compare needs a model to compare with; give its directory as reference")
+    # Only a reward model can say which of several is the best.
+    if len(sources) > 1 or cfg.best_of > 1:
+        wrong = "several models, or best_of, need a reward_model and data"
+        require(cfg.reward_model and not cfg.prompt, wrong)
+    if cfg.compare:
+        require(cfg.reference, "compare needs a model to compare with; give its path as reference")
 
     tokenizer = Tokenizer.load(sources[0])
     if cfg.prompt:
         complete(cfg, world, tokenizer)
         return
+
     results = [evaluate(cfg, world, tokenizer, source) for source in sources]
     rows, summary = max(results, key=lambda result: result[1].get("score"))
     if cfg.out_dir and world.is_main:
@@ -71,8 +74,8 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    if any(argument.startswith("--judge") for argument in sys.argv):
-        # Judging is a script of its own.
+    # Judging is a script of its own.
+    if "--judge=" in " ".join(sys.argv):
         runpy.run_module("evals.winrate", run_name="__main__", alter_sys=True)
     else:
         main(configure(Config))

@@ -46,8 +46,10 @@ def main(cfg, inputs=None):
     n_vocab = data.tokenizer.n_vocab
     model = load_model(cfg, world, n_vocab, GPTNeoX, cfg.model, trainable=True, scratch=cfg.scratch)
     inputs = inputs or model_inputs
+
     run = Run(cfg, world, data, {"model": model})
     for step in run.train():
+        # The evaluation is of the model as it is before this update.
         metrics = {}
         if run.held_out and cfg.eval_every and step % cfg.eval_every == 0:
             metrics = evaluate(run, cfg, model, inputs)
@@ -70,10 +72,12 @@ def update(run, cfg, model, inputs):
     for indices in run.micro_batches(batch["length"]):
         ids, select, targets, mask = inputs(batch[indices], cfg.loss_on, run.world.device)
         logprobs = model.logprobs(ids, select, targets)  # (B, R)
+        # Each micro-batch adds its share of the whole batch's mean.
         weights = loss_weights(mask, cfg.reduction, cfg.batch_size, n_tokens)
         loss = -(logprobs * weights).sum()
         backward(run, loss, indices)
         parts.append({"loss/sft": loss})
+
     return run.world.sum_scalars(parts)
 
 
@@ -89,6 +93,7 @@ def model_inputs(rows, loss_on, device):
     queries = rows["query"]
     responses = [responses[0] for responses in rows["responses"]]
     if loss_on == "all":
+        # The first token is the query, the rest is to be predicted.
         whole = [query + response for query, response in zip(queries, responses)]
         queries = [ids[:1] for ids in whole]
         responses = [ids[1:] for ids in whole]

@@ -13,7 +13,6 @@ KL to SFT. Every run adds a row to bench/options.jsonl; what has a row there is 
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import sys
@@ -27,10 +26,13 @@ import ppo  # noqa: E402
 import rm  # noqa: E402
 import sample  # noqa: E402
 from configurator import configure  # noqa: E402
+from hub.files import read_json, read_jsonl, write_jsonl  # noqa: E402
 from toy import gold  # noqa: E402
+from variants import dpo_losses, ppo_max  # noqa: E402
 
 SEEDS = (1, 2, 3)
-OUT, RESULTS = ROOT / "out" / "bench", ROOT / "bench" / "options.jsonl"
+OUT = ROOT / "out" / "bench"
+RESULTS = ROOT / "bench" / "options.jsonl"
 PPO = ["config/toy_ppo.py", f"--episodes={20 * 64}", "--n_minibatches=4", "--n_epochs=1", "--micro_batch_size=16",
        "--samples_every=0", "--eval_split="]  # fmt: skip
 DPO = ["config/toy_dpo.py", "--train_split=train[:960]", "--episodes=0", "--eval_split="]
@@ -39,42 +41,49 @@ NORM = ["--reward_norm=normalize", "--reward_clip=0.8"]
 PPO_MAX = [*NORM, "--whiten_advantages=false", "--critic_steps=4", "--critic_lr=9e-4", "--max_grad_norm=1.0",
            "--ptx_coef=0.1"]  # fmt: skip
 
-# name: what is added to the stage's command line
+# name: the stage, or the variant of it that has the option, and what is added to its command line
 PPO_OPTIONS = {
-    "off": [],
-    "adaptive KL (target 3, horizon 1000)": ["--kl_target=3", "--kl_horizon=1000"],
-    "reward whitening": ["--whiten_rewards"],
-    "advantages not whitened": ["--whiten_advantages=false"],
-    "advantage clip 0.5": ["--advantage_clip=0.5"],
-    "reward scaling": ["--reward_norm=scale"],
-    "reward normalisation, clip 0.8": NORM,
-    "TF-style Adam": ["--adam_style=tf", "--adam_eps=1e-5"],
-    "torch-style Adam, the same epsilon": ["--adam_eps=1e-5"],
-    "gradient clipping 1.0": ["--max_grad_norm=1.0"],
-    "critic alone for 4 updates": ["--critic_steps=4"],
-    "critic's learning rate x 3": ["--critic_lr=9e-4"],
-    "entropy bonus 0.01": ["--entropy_coef=0.01"],
-    "PPO-ptx 0.1": ["--ptx_coef=0.1"],
-    "parts of PPO-max together": PPO_MAX,
-    "ends after the first full stop": ["--truncate_token=PERIOD"],
+    "off": (ppo, []),
+    "adaptive KL (target 3, horizon 1000)": (ppo, ["--kl_target=3", "--kl_horizon=1000"]),
+    "reward whitening": (ppo, ["--whiten_rewards"]),
+    "advantages not whitened": (ppo, ["--whiten_advantages=false"]),
+    "advantage clip 0.5": (ppo_max, ["--advantage_clip=0.5"]),
+    "reward scaling": (ppo_max, ["--reward_norm=scale"]),
+    "reward normalisation, clip 0.8": (ppo_max, NORM),
+    "TF-style Adam": (ppo, ["--adam_style=tf", "--adam_eps=1e-5"]),
+    "torch-style Adam, the same epsilon": (ppo, ["--adam_eps=1e-5"]),
+    "gradient clipping 1.0": (ppo, ["--max_grad_norm=1.0"]),
+    "critic alone for 4 updates": (ppo, ["--critic_steps=4"]),
+    "critic's learning rate x 3": (ppo, ["--critic_lr=9e-4"]),
+    "entropy bonus 0.01": (ppo, ["--entropy_coef=0.01"]),
+    "PPO-ptx 0.1": (ppo_max, ["--ptx_coef=0.1"]),
+    "parts of PPO-max together": (ppo_max, PPO_MAX),
+    "ends after the first full stop": (ppo, ["--truncate_token=PERIOD"]),
 }
 RM_OPTIONS = {
-    "off": [],
-    "gain and bias": ["--normalize_std"],
-    "label noise 0.1": ["--label_noise=0.1"],
-    "targets within 0.5 -+ 0.1": ["--target_clamp=0.1"],
+    "off": (rm, []),
+    "gain and bias": (rm, ["--normalize_std"]),
+    "label noise 0.1": (rm, ["--label_noise=0.1"]),
+    "targets within 0.5 -+ 0.1": (rm, ["--target_clamp=0.1"]),
 }
 DPO_OPTIONS = {
-    "off": [],
-    "cDPO 0.1": ["--label_smoothing=0.1"],
-    "robust 0.1": ["--loss_type=robust", "--label_smoothing=0.1"],
-    **{name: [f"--loss_type={name}"] for name in ("hinge", "ipo", "ipo_norm", "apo_zero")},
-    "SFT term 1.0": ["--sft_coef=1.0"],
-}  # fmt: skip
+    "off": (dpo, []),
+    "cDPO 0.1": (dpo, ["--label_smoothing=0.1"]),
+    "robust 0.1": (dpo_losses, ["--loss_type=robust", "--label_smoothing=0.1"]),
+    "hinge": (dpo, ["--loss_type=hinge"]),
+    "ipo": (dpo, ["--loss_type=ipo"]),
+    "ipo_norm": (dpo_losses, ["--loss_type=ipo_norm"]),
+    "apo_zero": (dpo_losses, ["--loss_type=apo_zero"]),
+    "SFT term 1.0": (dpo, ["--sft_coef=1.0"]),
+}
 GROUPS = {"ppo": PPO_OPTIONS, "dpo": DPO_OPTIONS, "rm": RM_OPTIONS}
 
 
+# ---------------------------------------------------------------------------- runs
+
+
 def demo(seed):
+    """Where `make demo` of that seed has put data and models."""
     return ROOT / "out" / (f"toy-{seed}" if seed > 1 else "toy")
 
 
@@ -84,54 +93,99 @@ def place(group, name, seed):
 
 def train(group, name, seed, directory):
     """Train the option's policy in `directory`; returns its reward model's held-out accuracy, if it trained one."""
-    extra, common, accuracy = list(GROUPS[group][name]), [f"--seed={seed}", f"--out_dir={directory}"], None
-    if "--truncate_token=PERIOD" in extra:
-        vocab = json.loads((demo(seed) / "data" / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-        extra = [f"--truncate_token={vocab['.']}"]
-    if group == "dpo":
-        dpo.main(configure(dpo.Config, [*DPO, *common, *extra]))
-    elif group == "rm":
-        rm.main(configure(rm.Config, [*RM, f"--seed={seed}", f"--out_dir={directory}-rm", *extra]))
-        accuracy = json.loads(Path(f"{directory}-rm/eval.json").read_text())["eval/accuracy"]
-        ppo.main(configure(ppo.Config, [*PPO, *common, f"--reward_model={directory}-rm/final"]))
-    else:
-        ppo.main(configure(ppo.Config, [*PPO, *common, *extra]))
-    return accuracy
+    stage, options = GROUPS[group][name]
+    options = [option.replace("PERIOD", full_stop(seed)) for option in options]
+    common = [f"--seed={seed}", f"--out_dir={directory}"]
+    if group == "rm":
+        reward_model = f"{directory}-rm"
+        stage.main(configure(stage.Config, [*RM, f"--seed={seed}", f"--out_dir={reward_model}", *options]))
+        ppo.main(configure(ppo.Config, [*PPO, *common, f"--reward_model={reward_model}/final"]))
+        return read_json(f"{reward_model}/eval.json")["eval/accuracy"]
+    shorter = PPO if group == "ppo" else DPO
+    stage.main(configure(stage.Config, [*shorter, *common, *options]))
+    return None
+
+
+def full_stop(seed):
+    """The id of "."."""
+    return str(read_json(demo(seed) / "data" / "tokenizer.json")["model"]["vocab"]["."])
 
 
 def run(group, name, seed):
+    """Train, sample and measure; adds a row to RESULTS."""
     os.environ["TOY_OUT"] = str(demo(seed))
     directory = place(group, name, seed)
     accuracy = train(group, name, seed, directory)
     argv = ["config/toy_sample.py", f"--model={directory}/final", "--split=validation[:250]", "--seed=1"]
     sample.main(configure(sample.Config, [*argv, f"--out_dir={directory}/samples"]))
-    summary = json.loads((directory / "samples" / "summary.json").read_text())
+    summary = read_json(directory / "samples" / "summary.json")
     stats = gold.evaluate_file(directory / "samples" / "samples.jsonl")
-    row = dict(group=group, name=name, seed=seed, gold=stats["gold_mean"], reward=summary["score"], kl=summary["kl"],
-               tokens=summary["tokens"], eos=summary["eos"], accuracy=accuracy)  # fmt: skip
-    with open(RESULTS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    row = {
+        "group": group,
+        "name": name,
+        "seed": seed,
+        "gold": stats["gold_mean"],
+        "reward": summary["score"],
+        "kl": summary["kl"],
+        "tokens": summary["tokens"],
+        "eos": summary["eos"],
+        "accuracy": accuracy,
+    }
+    write_jsonl(RESULTS, [row], "a")
     print(row, flush=True)
 
 
-def table(rows):
-    """Print Markdown: a row per option, with the mean over seeds, and the change of gold in each seed."""
+def run_missing(rows, seeds):
+    """Run what has no row yet; what is printed goes to a log for each seed."""
+    done = {(row["group"], row["name"], row["seed"]) for row in rows}
     for group, options in GROUPS.items():
-        print(f"\n| {group} | gold | change (by seed) | reward | KL | tokens |{' accuracy |' * (group == 'rm')}")
-        print("|---" * (6 + (group == "rm")) + "|")
-        off = {row["seed"]: row for row in rows if row["group"] == group and row["name"] == "off"}
         for name in options:
-            found = [row for row in rows if row["group"] == group and row["name"] == name]
-            if not found:
-                continue
-            mean = {key: sum(row[key] for row in found) / len(found) for key in ("gold", "reward", "kl", "tokens")}
-            by_seed = ", ".join(f"{row['gold'] - off[row['seed']]['gold']:+.2f}" for row in found if name != "off")
-            change = mean["gold"] - sum(row["gold"] for row in off.values()) / len(off)
-            cells = [name, f"{mean['gold']:.2f}", f"{change:+.2f} ({by_seed})" if by_seed else "",
-                     *(f"{mean[key]:.2f}" for key in ("reward", "kl")), f"{mean['tokens']:.1f}"]  # fmt: skip
-            if group == "rm":
-                cells.append(f"{sum(row['accuracy'] for row in found) / len(found):.3f}")
-            print("| " + " | ".join(cells) + " |")
+            for seed in seeds:
+                if (group, name, seed) in done:
+                    continue
+                with open(OUT / f"log-{seed}.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+                    run(group, name, seed)
+                print(group, name, seed, flush=True)
+
+
+# ---------------------------------------------------------------------------- the table
+
+
+def print_tables(rows):
+    """Markdown: a row per option, with the mean over seeds, and the change of gold in each seed."""
+    for group, options in GROUPS.items():
+        titles = [group, "gold", "change (by seed)", "reward", "KL", "tokens"]
+        if group == "rm":
+            titles.append("accuracy")
+        print(f"\n| {' | '.join(titles)} |")
+        print("|---" * len(titles) + "|")
+        off = select(rows, group, "off")
+        for name in options:
+            found = select(rows, group, name)
+            if found:
+                print(f"| {' | '.join(cells(group, name, found, off))} |")
+
+
+def select(rows, group, name):
+    """An option's rows, by seed."""
+    found = [row for row in rows if row["group"] == group and row["name"] == name]
+    return sorted(found, key=lambda row: row["seed"])
+
+
+def cells(group, name, found, off):
+    row = [name, f"{mean(found, 'gold'):.2f}", ""]
+    if name != "off":
+        off_by_seed = {other["seed"]: other["gold"] for other in off}
+        changes = [f"{one['gold'] - off_by_seed[one['seed']]:+.2f}" for one in found]
+        row[2] = f"{mean(found, 'gold') - mean(off, 'gold'):+.2f} ({', '.join(changes)})"
+    row += [f"{mean(found, 'reward'):.2f}", f"{mean(found, 'kl'):.2f}", f"{mean(found, 'tokens'):.1f}"]
+    if group == "rm":
+        row.append(f"{mean(found, 'accuracy'):.3f}")
+    return row
+
+
+def mean(rows, key):
+    return sum(row[key] for row in rows) / len(rows)
 
 
 def main():
@@ -141,16 +195,11 @@ def main():
     args = parser.parse_args()
     os.chdir(ROOT)
     OUT.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    rows = read_jsonl(RESULTS) if RESULTS.exists() else []
     if args.table:
-        return table(sorted(rows, key=lambda row: row["seed"]))
-    done = {(row["group"], row["name"], row["seed"]) for row in rows}
-    seeds = [args.seed] if args.seed else SEEDS
-    for group, name, seed in [(g, name, seed) for g in GROUPS for name in GROUPS[g] for seed in seeds]:
-        if (group, name, seed) not in done:
-            with open(OUT / f"log-{seed}.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-                run(group, name, seed)
-            print(group, name, seed, flush=True)
+        print_tables(rows)
+    else:
+        run_missing(rows, [args.seed] if args.seed else SEEDS)
 
 
 if __name__ == "__main__":

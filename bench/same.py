@@ -82,8 +82,9 @@ class Side:
         checkpoints = sorted(directory.glob("checkpoints/step_*"), key=lambda path: int(path.name[5:]))
         for place in [*checkpoints[-1:], directory / "final"]:
             for path in sorted(place.glob("*.safetensors")):
+                shard = path.name.split("-model-")[0]  # of a checkpoint: whose; which file of it does not matter
                 for key, tensor in load_file(path).items():
-                    found[f"{path.relative_to(directory)} {key}"] = tensor
+                    found[f"{place.relative_to(directory)} {shard} {key}"] = tensor
         return found
 
     def lines(self, name, file):

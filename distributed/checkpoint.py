@@ -21,10 +21,11 @@ TENSORS_PER_FILE = 32  # a file is copied to CPU memory before it is written
 
 def training_state(run):
     """The tensors that a resumed run needs, to be written or filled in place: parameters, Adam's moments and counts."""
-    tensors = dict(run.models.named_parameters())
+    tensors = {}
     for name, parameter in run.models.named_parameters():
-        for key, value in run.optimizer.state[parameter].items():
-            tensors[f"{key}.{name}"] = value
+        tensors[name] = parameter
+        for key, moment in run.optimizer.state[parameter].items():
+            tensors[f"{key}.{name}"] = moment
     return tensors
 
 
@@ -78,8 +79,12 @@ def checksums(world, directory):
 
 def list_steps(run):
     """The steps of which there is a checkpoint, in order."""
-    names = [path.name.removeprefix("step_") for path in (run.out_dir / "checkpoints").glob("step_*")]
-    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+    steps = []
+    for path in (run.out_dir / "checkpoints").glob("step_*"):
+        name = path.name.removeprefix("step_")
+        if name.isdecimal() and name == str(int(name)):  # not step_04, step_4.bak
+            steps.append(int(name))
+    return sorted(steps)
 
 
 def remove_old(run):
@@ -111,7 +116,7 @@ def resume(run):
 
 
 def take_lock(run):
-    """Hold out_dir/lock until this process ends: one may have survived its torchrun. Not every file system has locks."""
+    """Hold out_dir/lock until this process ends: it may outlive its torchrun. Not every file system has locks."""
     taken = f"{run.out_dir}: another run is there; stop it"
     with contextlib.suppress(OSError), explain(taken, BlockingIOError):
         fcntl.lockf(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""One optimizer for all trained models: AdamW, the schedule, clipping, and the watch for numbers that are not finite."""
+"""One optimizer for all trained models: AdamW, its schedule, clipping, and the watch for losses that are not finite."""
 
 import math
 
@@ -91,5 +91,6 @@ def describe_nonfinite(run, norm):
     for indices, loss in run.losses:
         if not loss.isfinite():
             rows.update(run.batch_indices()[list(indices)].tolist())
-    what = f"the gradient norm is {norm.item()}; this rank's rows whose loss is not finite: {sorted(rows) or 'none'}"
-    return f"step {run.step}, rank {run.world.rank}: {what}; lower lr, or mend the rows"
+    which = f"this rank's rows whose loss is not finite: {sorted(rows) or 'none'}"
+    where = f"step {run.step}, rank {run.world.rank}"
+    return f"{where}: the gradient norm is {norm.item()}; {which}; lower lr, or mend the rows"

@@ -43,7 +43,8 @@ class World:
         self.is_main = self.rank == 0
 
         shards = cfg.shard_size or self.size
-        require(self.size % shards == 0, f"shard_size {shards} does not divide the {self.size} processes; lower it")
+        wrong = f"shard_size {shards} does not divide the {self.size} processes; lower it"
+        require(self.size % shards == 0, wrong)
         shape = (self.size // shards, shards)
         self.mesh = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=("replicas", "shards"))
         if shards == self.size:
@@ -60,9 +61,11 @@ class World:
         sharded models run in lockstep: if n does not divide, the first rows are dealt again.
         """
         order = np.argsort(-np.asarray(lengths), kind="stable")
-        order = np.resize(order, math.ceil(len(order) / self.size) * self.size)
+        rows_per_rank = math.ceil(len(order) / self.size)
+        order = np.resize(order, rows_per_rank * self.size)
         mine = order[self.rank :: self.size]
-        return [mine[start : start + micro_batch_size] for start in range(0, len(mine), micro_batch_size)]
+        starts = range(0, rows_per_rank, micro_batch_size)
+        return [mine[start : start + micro_batch_size] for start in starts]
 
     @torch.no_grad()
     def map_rows(self, function, lengths, micro_batch_size):
@@ -72,7 +75,8 @@ class World:
         """
         micro_batches = self.split_rows(lengths, micro_batch_size)
         results = [function(indices) for indices in micro_batches]
-        indices = self.gather_rows(torch.from_numpy(np.concatenate(micro_batches)).to(self.device))
+        mine = torch.from_numpy(np.concatenate(micro_batches))
+        indices = self.gather_rows(mine.to(self.device))
         # All rows in order; one that was dealt twice counts once.
         _, first = np.unique(indices.cpu().numpy(), return_index=True)
         columns = {}
@@ -90,7 +94,8 @@ class World:
     def sum_scalars(self, parts):
         """Add up dicts of scalar tensors, one per micro-batch, over all ranks, in one reduction; returns floats."""
         names = list(parts[0])
-        total = torch.stack([sum(part[name].detach() for part in parts).double() for name in names])
+        sums = [sum(part[name].detach() for part in parts) for name in names]
+        total = torch.stack(list(map(torch.Tensor.double, sums)))
         dist.all_reduce(total)
         return dict(zip(names, total.tolist()))
 
@@ -216,8 +221,10 @@ def raise_in_one_line(error, cfg):
         cause, _ = next(iter(error.failures.values()))
     reason = str(cause).split("\n")[0]
     if isinstance(cause, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason:
-        sizes = " or ".join(f"{name} ({n})" for name, n in vars(cfg).items() if "micro_batch_size" in name)
+        names = [name for name in vars(cfg) if "micro_batch_size" in name]
+        sizes = " or ".join(f"{name} ({getattr(cfg, name)})" for name in names)
         raise UserError(f"out of memory: {reason}; lower {sizes}, or see activation_checkpointing") from None
     failed_to_save = cause is not error and isinstance(cause, Exception)
     if failed_to_save or getattr(cause, "errno", None):
-        raise UserError(f"out_dir {cfg.out_dir}: {reason}; mend that and run the same command again") from None
+        mend = "mend that and run the same command again"
+        raise UserError(f"out_dir {cfg.out_dir}: {reason}; {mend}") from None

@@ -11,6 +11,8 @@ import torch
 from torch.distributed import fsdp
 
 from configurator import require
+from data import pad_right, pick
+from generation import generate
 from hub.weights import find_model, load_weights
 from model import GPTNeoXConfig, init_weights
 
@@ -76,3 +78,31 @@ def keep_whole(models, yes):
             model.set_requires_gradient_sync(not yes)
             model.set_reshard_after_forward(not yes)
             model.set_reshard_after_backward(not yes)
+
+
+def generate_rows(cfg, world, model, queries, draws, stop, n_vocab, micro_batch_size):
+    """Sample for n queries (lists of ids) with draws (n, R): responses and their logprobs (n, R), on all ranks.
+
+    A response that has drawn the id `stop` goes on with it; None: all are sampled to their end.
+    With cfg.rollout_gather the parameters stay whole meanwhile, with no collective per token; without it they are
+    gathered block by block for each, and all ranks take as many steps as the slowest.
+    """
+
+    def all_done(done):
+        if cfg.rollout_gather:
+            return done.all()
+        return not world.any_rank(~done.all())
+
+    def sample(indices):
+        ids, lengths = pad_right(pick(queries, indices))
+        uniforms = draws[indices].to(world.device)
+        responses, logprobs = generate(
+            model, ids.to(world.device), lengths.to(world.device), draws.shape[1], cfg.temperature, uniforms,
+            eos_id=stop, n_vocab=n_vocab, return_logprobs=True, all_done=all_done,
+        )  # fmt: skip
+        return {"responses": responses, "logprobs": logprobs}
+
+    keep_whole([model], cfg.rollout_gather)
+    rows = world.map_rows(sample, list(map(len, queries)), micro_batch_size)
+    keep_whole([model], False)  # the next forward pass shards them again
+    return rows["responses"], rows["logprobs"]

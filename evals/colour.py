@@ -6,11 +6,10 @@ def coloured(tokenizer, ids, numbers, full=3.0):
 
     numbers: one per token, for example log p - log p of another model. White is 0; the colour is full at +-`full`.
     """
-
-    def paint(id, number):
+    text = ""
+    for id, number in zip(ids, numbers):
         pale = int(255 * (1 - min(abs(number) / full, 1)))
-        red, green = (pale, 255) if number > 0 else (255, pale)
-        text = "<EOS>" if id == tokenizer.eos_id else tokenizer.decode([id])
-        return f"\x1b[30;48;2;{red};{green};{pale}m{text}\x1b[0m"
-
-    return "".join(map(paint, ids, numbers))
+        colour = f"{pale};255;{pale}" if number > 0 else f"255;{pale};{pale}"
+        token = "<EOS>" if id == tokenizer.eos_id else tokenizer.decode([id])
+        text += f"\x1b[30;48;2;{colour}m{token}\x1b[0m"
+    return text

@@ -5,14 +5,66 @@ import math
 import sys
 
 import numpy as np
-import pandas
 
 from configurator import require
-from data import collate, last_scalars, uniforms
+from data import collate, join, pick, uniforms
+from evals import scores
 from evals.colour import coloured
 from evals.tables import rouge
-from model import GPTNeoX, ScalarModel
+from model import GPTNeoX
 from runtime import generate_rows, load_model, load_split
+
+
+def evaluate(cfg, world, tokenizer, source):
+    """Sample from one model for a split; returns (one dict per row, the summary), the same on every rank."""
+    import pandas  # here, since it takes a second; datasets brings it
+
+    load = functools.partial(load_model, cfg, world, tokenizer.n_vocab)
+    model = load(GPTNeoX, source)
+    rows = load_split(cfg, world, tokenizer, cfg.data, cfg.split, n_responses=1)
+    rows = rows[:]
+    queries = rows["query"]
+    references = [responses[0] for responses in rows["responses"]]
+    responses = sample(cfg, world, tokenizer, model, queries * cfg.best_of)
+    if cfg.reward_model:
+        reward = scores.by_models(cfg, world, tokenizer, cfg.reward_model)
+    if cfg.best_of > 1:
+        rewards = measure(cfg, world, reward, queries * cfg.best_of, responses)
+        responses = best_of(cfg.best_of, rewards, responses, tokenizer.eos_id)
+
+    frame = pandas.DataFrame()
+    frame["query"] = list(map(tokenizer.decode, queries))
+    frame["response"] = list(map(tokenizer.decode, responses))
+    frame["reference"] = list(map(tokenizer.decode, references))
+    frame["tokens"] = list(map(len, responses))
+    frame["reference_tokens"] = list(map(len, references))
+    frame["length_ratio"] = frame["tokens"] / frame["reference_tokens"]
+    frame["eos"] = [ids[-1] == tokenizer.eos_id for ids in responses]
+    if cfg.reward_model:
+        frame["score"] = measure(cfg, world, reward, queries, responses)
+        frame["reference_score"] = measure(cfg, world, reward, queries, references)
+    if cfg.reference:
+        ratios = ratio_function(cfg, world, tokenizer, model, load(GPTNeoX, cfg.reference))
+
+        def kl(queries, responses):
+            return ratios(queries, responses).sum(1)
+
+        frame["kl"] = measure(cfg, world, kl, queries, responses)
+        for query, response in list(zip(queries, responses))[: cfg.compare]:
+            text = compare(tokenizer, ratios, query, response)
+            world.print("", tokenizer.decode(query), text)
+
+    summary = {"n": len(frame)}
+    summary.update(frame.mean(numeric_only=True))
+    if cfg.best_of > 1:
+        # arXiv:2009.01325: how far best-of-n as a policy is from the one that is sampled from, at most.
+        n = cfg.best_of
+        summary["kl_bound"] = math.log(n) - (n - 1) / n
+    summary.update(rouge(frame["reference"], frame["response"]))
+    world.print(source)
+    for name, value in summary.items():
+        world.print(f"{name:18} {value:10.4f}")
+    return frame.to_dict("records"), {"model": source, **summary}
 
 
 def sample(cfg, world, tokenizer, model, queries, *key):
@@ -20,115 +72,84 @@ def sample(cfg, world, tokenizer, model, queries, *key):
 
     key: numbers that, with cfg.seed, decide the tokens drawn.
     """
-    draws = uniforms((len(queries), cfg.response_length), cfg.seed, *key)
+    shape = (len(queries), cfg.response_length)
+    draws = uniforms(shape, cfg.seed, *key)
     eos_id = tokenizer.eos_id
-    responses, _ = generate_rows(cfg, world, model, queries, draws, eos_id, tokenizer.n_vocab, cfg.micro_batch_size)
-    rows = responses.tolist()
-    return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in rows]
+    options = (eos_id, tokenizer.n_vocab, cfg.micro_batch_size)
+    tokens, _ = generate_rows(cfg, world, model, queries, draws, *options)
+    responses = []
+    for ids in tokens.tolist():
+        if eos_id in ids:
+            ids = ids[: ids.index(eos_id) + 1]
+        responses.append(ids)
+    return responses
 
 
 def measure(cfg, world, function, queries, responses):
     """Apply function(queries, responses) -> (rows,) to micro-batches of all rows; returns a list of n floats."""
 
     def apply(indices):
-        values = function([queries[i] for i in indices], [responses[i] for i in indices])
-        return {"values": values}
+        return {"values": function(pick(queries, indices), pick(responses, indices))}
 
-    lengths = [len(query) + len(response) for query, response in zip(queries, responses)]
-    return world.map_rows(apply, lengths, cfg.micro_batch_size)["values"].tolist()
-
-
-def reward_function(cfg, world, tokenizer, sources):
-    """A function of queries and responses (lists of ids) -> rewards (rows,): the mean of reward models "a,b,c"."""
-    models = []
-    for source in sources.split(","):
-        models.append(load_model(cfg, world, tokenizer.n_vocab, ScalarModel, source))
-    return functools.partial(last_scalars, models, world.device)
+    lengths = list(map(len, join(queries, responses)))
+    columns = world.map_rows(apply, lengths, cfg.micro_batch_size)
+    return columns["values"].tolist()
 
 
-def log_ratios(model, reference, device, temperature, n_vocab, queries, responses):
-    """log p - log p_reference of each token: (B, R), 0 behind a response. A row's sum estimates the KL, in nats.
+def ratio_function(cfg, world, tokenizer, model, reference):
+    """A function of queries and responses (lists of ids) -> log p - log p_reference of each token (B, R), 0 behind a
+    response. A row's sum estimates the KL, in nats.
 
     Greedy responses (temperature 0) are no samples: theirs is the log-ratio at temperature 1.
     """
-    ids, select, targets, mask = collate(queries, responses, device)
-    options = (temperature or 1.0, n_vocab)
-    logprobs = model.logprobs(ids, select, targets, *options)
-    ref_logprobs = reference.logprobs(ids, select, targets, *options)
-    return (logprobs - ref_logprobs) * mask
+
+    def ratios(queries, responses):
+        ids, select, targets, mask = collate(queries, responses, world.device)
+        temperature = cfg.temperature or 1.0
+        options = (temperature, tokenizer.n_vocab)
+        logprobs = model.logprobs(ids, select, targets, *options)
+        ref_logprobs = reference.logprobs(ids, select, targets, *options)
+        return (logprobs - ref_logprobs) * mask
+
+    return ratios
 
 
-def best_of(n, scores, responses, eos_id):
-    """Of n rounds of responses to the same queries, the best to each by score; without EOS there is none (detail 13).
-
-    By arXiv:2009.01325 such a policy's KL to the one that is sampled from is at most log n - (n - 1) / n.
-    """
-    ends = [row[-1] == eos_id for row in responses]
-    rounds = np.where(ends, scores, -np.inf).reshape(n, -1)
+def best_of(n, rewards, responses, eos_id):
+    """Of n rounds of responses to the same queries, the best to each by reward; none without EOS is (detail 13)."""
+    ends = [ids[-1] == eos_id for ids in responses]
+    rounds = np.where(ends, rewards, -np.inf).reshape(n, -1)
     n_queries = rounds.shape[1]
-    return [responses[best * n_queries + query] for query, best in enumerate(rounds.argmax(0))]
-
-
-def evaluate(cfg, world, tokenizer, source):
-    """Sample from one model for a split; returns (one dict per row, the summary), the same on every rank."""
-    model = load_model(cfg, world, tokenizer.n_vocab, GPTNeoX, source)
-    rows = load_split(cfg, world, tokenizer, cfg.data, cfg.split, n_responses=1)[:]
-    queries = rows["query"]
-    references = [responses[0] for responses in rows["responses"]]
-    responses = sample(cfg, world, tokenizer, model, queries * cfg.best_of)
-    reward = None
-    if cfg.reward_model:
-        reward = reward_function(cfg, world, tokenizer, cfg.reward_model)
-    if cfg.best_of > 1:
-        scores = measure(cfg, world, reward, queries * cfg.best_of, responses)
-        responses = best_of(cfg.best_of, scores, responses, tokenizer.eos_id)
-
-    frame = pandas.DataFrame()
-    for name, lists in {"query": queries, "response": responses, "reference": references}.items():
-        frame[name] = [tokenizer.decode(ids) for ids in lists]
-    frame["tokens"] = [len(ids) for ids in responses]
-    frame["reference_tokens"] = [len(ids) for ids in references]
-    frame["length_ratio"] = frame["tokens"] / frame["reference_tokens"]
-    frame["eos"] = [ids[-1] == tokenizer.eos_id for ids in responses]
-    if reward is not None:
-        frame["score"] = measure(cfg, world, reward, queries, responses)
-        frame["reference_score"] = measure(cfg, world, reward, queries, references)
-    if cfg.reference:
-        reference = load_model(cfg, world, tokenizer.n_vocab, GPTNeoX, cfg.reference)
-        ratios = functools.partial(log_ratios, model, reference, world.device, cfg.temperature, tokenizer.n_vocab)
-        frame["kl"] = measure(cfg, world, lambda *lists: ratios(*lists).sum(1), queries, responses)
-        for number in range(min(cfg.compare, len(queries))):
-            text = compare(tokenizer, ratios, queries[number], responses[number])
-            world.print("", frame["query"][number], text)
-
-    summary = {"n": len(frame), **frame.mean(numeric_only=True)}
-    if cfg.best_of > 1:
-        summary["kl_bound"] = math.log(cfg.best_of) - (cfg.best_of - 1) / cfg.best_of
-    summary.update(rouge(frame["reference"], frame["response"]))
-    world.print(source, *(f"{name:18} {value:10.4f}" for name, value in summary.items()))
-    return frame.to_dict("records"), {"model": source, **summary}
+    best = rounds.argmax(0) * n_queries + np.arange(n_queries)
+    return pick(responses, best)
 
 
 def compare(tokenizer, ratios, query, response):
     """The response's text for a terminal: tokens that the model finds likelier than the reference does on green."""
     numbers = ratios([query], [response])[0]
-    return coloured(tokenizer, response, numbers.tolist()) + f" {numbers.sum():+.2f} nats"
+    text = coloured(tokenizer, response, numbers.tolist())
+    return f"{text} {numbers.sum():+.2f} nats"
 
 
 def complete(cfg, world, tokenizer):
     """Print a response to cfg.prompt, or to each line of stdin, where \\n stands for a line break."""
     require(world.size == 1, "a prompt is for one process; start it without torchrun")
-    model = load_model(cfg, world, tokenizer.n_vocab, GPTNeoX, cfg.model)
+    load = functools.partial(load_model, cfg, world, tokenizer.n_vocab, GPTNeoX)
+    model = load(cfg.model)
     if cfg.compare:
-        reference = load_model(cfg, world, tokenizer.n_vocab, GPTNeoX, cfg.reference)
-        ratios = functools.partial(log_ratios, model, reference, world.device, cfg.temperature, tokenizer.n_vocab)
-    texts = [cfg.prompt]
-    if cfg.prompt == "-":
-        texts = (line.rstrip("\n").replace("\\n", "\n") for line in sys.stdin)
-    for number, text in enumerate(filter(str.strip, texts)):
+        ratios = ratio_function(cfg, world, tokenizer, model, load(cfg.reference))
+    for number, text in enumerate(prompts(cfg)):
         query = tokenizer.encode(text)
         response = sample(cfg, world, tokenizer, model, [query], number)[0]
         if cfg.compare:
             world.print(compare(tokenizer, ratios, query, response))
         else:
             world.print(tokenizer.decode(response))
+
+
+def prompts(cfg):
+    if cfg.prompt != "-":
+        yield cfg.prompt
+        return
+    for line in sys.stdin:
+        if line.strip():
+            yield line.rstrip("\n").replace("\\n", "\n")

@@ -9,10 +9,13 @@ def rouge(references, responses):
     """Mean ROUGE F-measures by the rouge-score library."""
     from rouge_score.rouge_scorer import RougeScorer  # here, since it takes a second
 
-    names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
-    scorer = RougeScorer(names)
-    scores = [scorer.score(reference, response) for reference, response in zip(references, responses)]
-    return {name: float(np.mean([score[name].fmeasure for score in scores])) for name in names}
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"])
+    scores = list(map(scorer.score, references, responses))
+    means = {}
+    for name in scorer.rouge_types:
+        measures = [score[name].fmeasure for score in scores]
+        means[name] = float(np.mean(measures))
+    return means
 
 
 def accuracy_table(rows, margins):
@@ -26,35 +29,43 @@ def accuracy_table(rows, margins):
     import pandas  # here, since it takes a second; datasets brings it
 
     margins = np.asarray(margins.cpu(), dtype=np.float64)
-    sizes = np.floor(2 * np.abs(margins)) / 2
-    frame = pandas.DataFrame({
-        "": "all",
-        "batch": rows["batch"],
-        "|confidence - 5|": [str(abs(c - 5)) if c else "" for c in rows["confidence"]],
-        "policies": rows["policies"],
-        "margin": [f"{low} to {low + 0.5}" for low in sizes],
-    })  # fmt: skip
+    sizes = np.abs(margins)
+    frame = pandas.DataFrame()
+    frame["batch"] = rows["batch"]
+    frame["|confidence - 5|"] = [str(abs(c - 5)) if c else "" for c in rows["confidence"]]
+    frame["policies"] = rows["policies"]
+    bins = np.floor(2 * sizes) / 2
+    frame["margin"] = [f"{low} to {low + 0.5}" for low in bins]
+    frame.insert(0, "", "all")
     titles = list(frame.columns)
+
     frame["accuracy"] = margins > 0
-    frame["expected"] = 1 / (1 + np.exp(-np.abs(margins)))
+    frame["expected"] = 1 / (1 + np.exp(-sizes))
     frame["n"] = 1
-    frame = frame[np.asarray(rows["target"]) != 0.5]
+    is_tie = np.asarray(rows["target"]) == 0.5
+    frame = frame[~is_tie]
     table = {}
     for title in titles:
-        groups = frame[frame[title] != ""].groupby(title)
+        known = frame[frame[title] != ""]
+        groups = known.groupby(title)
         means = groups.agg({"accuracy": "mean", "expected": "mean", "n": "sum"})
         for group, row in means.to_dict("index").items():
-            table[f"{title} {group}".strip()] = row
+            name = f"{title} {group}".strip()
+            table[name] = row
     return table
 
 
-def report(run, metrics, table, details=None):
+def report(run, metrics, table, details):
     """Log the last evaluation's metrics; write them, `details` and a table of rows to eval.json, and print it all."""
     run.log(metrics)
-    metrics = {**metrics, **(details or {})}
-    run.world.print("")
-    for group, row in {"evaluation": metrics, **table}.items():
-        numbers = "  ".join(f"{name} {x:.4g}" for name, x in row.items())
-        run.world.print(f"{group:44} {numbers}")
+    metrics = {**metrics, **details}
+    run.world.print("", line("evaluation", metrics))
+    for group, row in table.items():
+        run.world.print(line(group, row))
     if run.world.is_main:
         write_json(run.out_dir / "eval.json", {**metrics, "accuracy": table})
+
+
+def line(group, row):
+    numbers = "  ".join(f"{name} {x:.4g}" for name, x in row.items())
+    return f"{group:44} {numbers}"

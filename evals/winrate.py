@@ -31,7 +31,8 @@ import numpy as np
 from configurator import Count, UserError, configure, explain, require
 from data import format_query, parse_row, text_of
 from evals import chat
-from evals.samples import measure, reward_function
+from evals.samples import measure
+from evals.scores import by_models
 from hub.files import read_jsonl, write_json, write_jsonl
 from hub.tokenizer import Tokenizer
 from runtime import RunConfig, World, open_directory, stage
@@ -101,7 +102,8 @@ def read_pairs(samples):
     ours = tables[0]
     others = tables[-1]
     key = "reference" if len(paths) == 1 else "response"
-    require(len(ours) == len(others), f"samples {samples}: {len(ours)} and {len(others)} rows; sample both for one split")
+    sizes = f"{len(ours)} and {len(others)} rows"
+    require(len(ours) == len(others), f"samples {samples}: {sizes}; sample both for one split")
     pairs = []
     for number, (row, match) in enumerate(zip(ours, others), 1):
         with explain(f"samples {samples}: row {number}", UserError):
@@ -188,7 +190,7 @@ def reward_scores(cfg, world, source, pairs, side):
         parsed = parse_row({**fields, name: pair[side]}, tokenizer, cfg.max_query_tokens)
         queries.append(parsed["query"])
         responses.append(parsed["responses"][0])
-    return measure(cfg, world, reward_function(cfg, world, tokenizer, source), queries, responses)
+    return measure(cfg, world, by_models(cfg, world, tokenizer, source), queries, responses)
 
 
 def module_scores(judge, pairs):

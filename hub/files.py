@@ -14,7 +14,8 @@ def read_json(path):
     """Read a JSON object; raises UserError if `path` is missing or holds something else."""
     with explain(f"{path}: cannot be read as JSON; check it or copy it again", *UNREADABLE):
         values = json.loads(Path(path).read_bytes())
-    require(isinstance(values, dict), f"{path}: holds a {type(values).__name__}, not a JSON object; copy it again")
+    kind = type(values).__name__
+    require(kind == "dict", f"{path}: holds a {kind}, not a JSON object; copy it again")
     return values
 
 
@@ -34,7 +35,8 @@ def read_jsonl(path):
                 row = json.loads(line)
                 # Half a pair of surrogates is valid JSON, but no text that can be written again.
                 json.dumps(row, ensure_ascii=False).encode()
-            require(isinstance(row, dict), f"{path}: line {number} is a {type(row).__name__}, not a JSON object")
+            kind = type(row).__name__
+            require(kind == "dict", f"{path}: line {number} is a {kind}, not a JSON object")
             rows.append(row)
     return rows
 

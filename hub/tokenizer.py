@@ -13,6 +13,7 @@ from hub.weights import find_model
 # GPT-2's split of text into words, which ByteLevel tokenizers share: a word takes the one space before it
 WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 EOS = "<|endoftext|>"
+NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that need no token
 
 # What tokenizer.json may say. Anything else would be encoded differently from the library.
 SUPPORTED = {
@@ -39,25 +40,27 @@ class Tokenizer:
         spec = read_json(path)
         with explain(f"{path}: not a byte-level BPE tokenizer like Pythia's", UserError, Exception):
             refuse_unsupported(spec)
-            special = {}
-            self._runs = {}  # of spaces, which are tokens of their own
+            self.special = {}  # <|endoftext|> and the like, which no text is encoded to
+            self.runs = {}  # runs of spaces, which are tokens of their own
             for token in spec["added_tokens"]:
-                kind = special if token["special"] else self._runs
+                kind = self.special if token["special"] else self.runs
                 kind[token["content"]] = token["id"]
+            self.eos_id = self.special[EOS]
 
+            self.bytes = {}  # id -> what it stands for
             symbols = byte_symbols()
-            ranks = {}
             for token, id in spec["model"]["vocab"].items():
-                if token not in special:
-                    ranks[bytes(symbols[symbol] for symbol in token)] = id
-            self._encoding = tiktoken.Encoding(path, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
+                if token not in self.special:
+                    self.bytes[id] = bytes(map(symbols.__getitem__, token))
+            ranks = {token: id for id, token in self.bytes.items()}
+            self.words = tiktoken.Encoding(path, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
 
-            self._bytes = {id: token for token, id in ranks.items()}
-            self._bytes.update((id, run.encode()) for run, id in self._runs.items())
-            longest_first = sorted(self._runs, key=len, reverse=True)
-            self._cut = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-            self.eos_id = special[EOS]
-            self.n_vocab = max(*self._bytes, *special.values()) + 1
+            for run, id in self.runs.items():
+                self.bytes[id] = run.encode()
+            longest_first = sorted(self.runs, key=len, reverse=True)
+            nothing = "(?!)"
+            self.find_runs = re.compile("|".join(map(re.escape, longest_first)) or nothing)
+            self.n_vocab = 1 + max(max(self.bytes), max(self.special.values()))
         self.pad_id = self.n_vocab
 
     @classmethod
@@ -65,23 +68,26 @@ class Tokenizer:
         """source: a tokenizer.json, a directory that holds one, or a hub id."""
         if os.path.isfile(source):
             return cls(source)
-        return cls(os.path.join(find_model(source, revision, ["tokenizer.json"]), "tokenizer.json"))
+        directory = find_model(source, revision, ["tokenizer.json"])
+        return cls(os.path.join(directory, "tokenizer.json"))
 
     def encode(self, text):
         """Token ids of `text`. A post that quotes <|endoftext|> must not end the query: there it is ordinary text."""
-        ids = []
         text = unicodedata.normalize("NFC", text)
+        ids = []
         start = 0
         # Runs of spaces are cut out, the longest first, before words are split.
-        for run in self._cut.finditer(text):
-            ids += self._encoding.encode_ordinary(text[start : run.start()])
-            ids.append(self._runs[run.group()])
+        for run in self.find_runs.finditer(text):
+            ids += self.words.encode_ordinary(text[start : run.start()])
+            ids.append(self.runs[run.group()])
             start = run.end()
-        return ids + self._encoding.encode_ordinary(text[start:])
+        ids += self.words.encode_ordinary(text[start:])
+        return ids
 
     def decode(self, ids):
         """Text of `ids`; special tokens and ids without a text are left out, broken UTF-8 becomes U+FFFD."""
-        return b"".join(self._bytes.get(int(id), b"") for id in ids).decode("utf-8", errors="replace")
+        known = [self.bytes.get(int(id), b"") for id in ids]
+        return b"".join(known).decode("utf-8", errors="replace")
 
 
 def refuse_unsupported(spec):
@@ -92,26 +98,34 @@ def refuse_unsupported(spec):
 
     vocab = spec["model"]["vocab"]
     symbols = byte_symbols()
+    for symbol, byte in symbols.items():
+        if symbol not in vocab and byte not in NEVER_IN_UTF8:
+            raise UserError(f"there is no token for the byte {byte}")
     ids = list(vocab.values())
     require(len(set(ids)) == len(ids), "two tokens have the same id")
     for token in spec["added_tokens"]:
         ids.append(token["id"])
-        strips = token["single_word"] or token["lstrip"] or token["rstrip"] or token["content"] in symbols
-        require(not strips, f"the added token {token['content']!r} takes in what stands beside it")
-    require(all(type(id) is int and 0 <= id < 2**31 for id in ids), "an id is no number from 0")
+        if token["single_word"] or token["lstrip"] or token["rstrip"] or token["content"] in symbols:
+            raise UserError(f"the added token {token['content']!r} takes in what stands beside it")
+    for id in ids:
+        if type(id) is not int or not 0 <= id < 2**31:
+            raise UserError(f"the id {id!r} is no number from 0")
 
-    for symbol, byte in symbols.items():
-        never_in_utf8 = byte >= 0xF5 or byte in (0xC0, 0xC1)
-        require(never_in_utf8 or symbol in vocab, f"there is no token for the byte {byte}")
     # A merge is written "a b", or ["a", "b"].
-    merged = [vocab["".join(merge).replace(" ", "")] for merge in spec["model"]["merges"]]
-    require(merged == sorted(merged), "the merges are in another order than the ids")
+    merged = ["".join(merge).replace(" ", "") for merge in spec["model"]["merges"]]
+    order = [vocab[token] for token in merged]
+    require(order == sorted(order), "the merges are in another order than the ids")
 
 
 def byte_symbols():
     """The printable character by which tokenizer.json stands for each byte -> that byte."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    symbols = {chr(byte): byte for byte in printable}
-    symbols.update((chr(256 + number), byte) for number, byte in enumerate(others))
+    symbols = {}
+    n_others = 0
+    for byte in range(256):
+        is_printable = 33 <= byte < 127 or (byte >= 161 and byte != 173)
+        if is_printable:
+            symbols[chr(byte)] = byte
+        else:
+            symbols[chr(256 + n_others)] = byte
+            n_others += 1
     return symbols

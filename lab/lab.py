@@ -19,7 +19,6 @@ import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -27,63 +26,58 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from torch.nn.modules.module import register_module_forward_hook  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import dpo  # noqa: E402
-import model  # noqa: E402
 import ppo  # noqa: E402
 import rm  # noqa: E402
-import runtime  # noqa: E402
 import sample  # noqa: E402
 import sft  # noqa: E402
 from configurator import configure  # noqa: E402
-from data import Tokenizer, last_scalars  # noqa: E402
+from data import Tokenizer  # noqa: E402
 from evals import samples  # noqa: E402
+from hub.files import write_jsonl  # noqa: E402
+from hub.weights import load_weights  # noqa: E402
 from lab import report  # noqa: E402
+from model import MLP, GPTNeoX, GPTNeoXConfig, ScalarModel  # noqa: E402
+from runtime import World, load_model, load_split, stage  # noqa: E402
 from toy import gold, make_data  # noqa: E402
 
-SEEDS, SIZES = (1, 2, 3), (125, 500, 2000, 8000)
+SEEDS = (1, 2, 3)
 OUT = ROOT / "out" / "lab"
 RESULTS = OUT / "results.jsonl"
+SIZES = (125, 500, 2000, 8000)  # labels that reward models are trained on
 PAIRS = 500  # labels of the reward model that PPO can fool
-UPDATES = 60  # of PPO; 64 episodes in 4 minibatches, one epoch
-DRAWS, POSTS = 64, 100  # for best-of-n
+BATCH = 64  # episodes of an update of PPO, in 4 minibatches, one epoch
+UPDATES = 60  # of PPO
+DRAWS = 64  # responses to each post, for best-of-n
+POSTS = 100  # posts, for best-of-n
 EOS = 0  # in the tokenizers of toy/ and of Pythia
 
 
-# ---------------------------------------------------------------------------- mistakes, each a patch of the project
+# ---------------------------------------------------------------------------- mistakes: what goes in at a door
 
 
-def eos_is_padding():
-    """SFT in which EOS, used as padding, is masked out of the loss with it."""
-    inputs = sft.model_inputs
-
-    def without_eos(rows, loss_on, device):
-        ids, select, targets, mask = inputs(rows, loss_on, device)
-        return ids, select, targets, mask & (targets != EOS)
-
-    return mock.patch.object(sft, "model_inputs", without_eos)
+def eos_is_padding(rows, loss_on, device):
+    """For sft.main(cfg, inputs=...): EOS, used as padding, is masked out of the loss with it."""
+    ids, select, targets, mask = sft.model_inputs(rows, loss_on, device)
+    return ids, select, targets, mask & (targets != EOS)
 
 
-def dropout(p=0.1):
-    """Dropout in the models that are trained, in rollout and update, as a forgotten model.eval() leaves it."""
-    forward = model.MLP.forward
-
-    def dropped(self, x):
-        return F.dropout(forward(self, x), p, training=self.dense_h_to_4h.weight.requires_grad)
-
-    return mock.patch.object(model.MLP, "forward", dropped)
+def dropout(module, inputs, output, p=0.1):
+    """A hook of PyTorch's, behind every module's forward pass: dropout in the models that are trained, in rollout and
+    update, as a forgotten model.eval() leaves it.
+    """
+    if isinstance(module, MLP) and module.dense_h_to_4h.weight.requires_grad:
+        return F.dropout(output, p)
 
 
-def generation_logprobs():
-    """PPO with the old log-probabilities taken from cached generation."""
-    rollout = ppo.rollout
-
-    def taken(*args):
-        batch = rollout(*args)
-        return batch | {"logprobs": batch["sampled_logprobs"]}
-
-    return mock.patch.object(ppo, "rollout", taken)
+def generation_logprobs(cfg, batch, state):
+    """For ppo.main(cfg, advantages=...): the old log-probabilities are taken from cached generation."""
+    logprobs = batch["sampled_logprobs"]
+    kl = (logprobs - batch["ref_logprobs"]) * batch["mask"]
+    return ppo.advantages(cfg, {**batch, "logprobs": logprobs, "kl": kl}, state)
 
 
 # ---------------------------------------------------------------------------- runs
@@ -93,84 +87,119 @@ def place(name, seed):
     return OUT / f"{name}-{seed}"
 
 
-def train(stage, name, seed, *argv, patch=None):
-    """Run a stage's main, unless it is complete already; its output goes to a log beside its directory."""
+def train(script, name, seed, *argv, **doors):
+    """Run a stage's main(cfg, **doors), unless it is complete already; its output goes to a log beside its directory.
+
+    Returns the directory of the model.
+    """
     directory = place(name, seed)
-    if not (directory / "final").exists():
-        argv = [f"config/toy_{stage.__name__}.py", f"--seed={seed}", f"--out_dir={directory}", "--device=cpu", *argv]
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            log = stack.enter_context(open(f"{directory}.log", "w"))
-            for context in (contextlib.redirect_stdout(log), contextlib.redirect_stderr(log), patch):
-                stack.enter_context(context or contextlib.nullcontext())
-            stage.main(configure(stage.Config, argv))
-    return directory / "final"
-
-
-def report_of(name, seed):
-    return json.loads((place(name, seed) / "eval.json").read_text())
+    final = directory / "final"
+    if final.exists():
+        return final
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    common = [f"config/toy_{script.__name__}.py", f"--seed={seed}", f"--out_dir={directory}", "--device=cpu"]
+    cfg = configure(script.Config, [*common, *argv])
+    with open(f"{directory}.log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        script.main(cfg, **doors)
+    return final
 
 
 def base(seed):
     """Data and the SFT model: what everything else starts from."""
-    if not (place("data", seed) / "tokenizer.json").exists():
-        make_data.write_data(place("data", seed), seed)
-    train(sft, "sft", seed, *data(seed, "sft"), f"--tokenizer={place('data', seed)}")
+    directory = place("data", seed)
+    if not (directory / "tokenizer.json").exists():
+        make_data.write_data(directory, seed)
+    train(sft, "sft", seed, data(seed, "sft"), f"--tokenizer={directory}")
 
 
 def data(seed, kind):
-    return [f"--data={place('data', seed)}/{kind}_{{split}}.jsonl"]
+    return f"--data={place('data', seed)}/{kind}_{{split}}.jsonl"
+
+
+def start(seed, name="sft"):
+    return f"--model={place(name, seed)}/final"
 
 
 def reward_model(seed, pairs=PAIRS):
-    argv = [f"--train_split=train[:{pairs}]", f"--episodes={32 * max(100, pairs // 32)}"]
-    start = [f"--model={place('sft', seed)}/final", *data(seed, "comparisons")]
+    """A reward model that has seen so many labels: its directory."""
     references = f"--normalize_data={place('data', seed)}/sft_{{split}}.jsonl"
-    return train(rm, f"rm-{pairs}", seed, *start, references, *argv)
+    rows = [data(seed, "comparisons"), references, f"--train_split=train[:{pairs}]"]
+    return train(rm, f"rm-{pairs}", seed, start(seed), *rows, episodes_of_pairs(pairs))
 
 
-def policy(seed, name, argv, start="sft", patch=None):
+def episodes_of_pairs(pairs):
+    """100 updates of 32 pairs, or one pass over all pairs if that is more."""
+    return f"--episodes={32 * max(100, pairs // 32)}"
+
+
+CURVES = {
+    "kl": "objective/kl",
+    "proxy": "objective/scores",
+    "tokens": "val/response_length",
+    "eos": "val/eos_rate",
+    "ratio": "val/ratio",
+    "value_loss": "loss/value_avg",
+    "perplexity": "val/perplexity",
+    "gap": "val/generation_gap",
+}
+
+
+def policy(seed, name, argv, sft_model="sft", **doors):
     """A PPO run; returns its curves, lists with a number per update, gold among them, and a few of its responses."""
-    models = [f"--model={place(start, seed)}/final", f"--reward_model={reward_model(seed)}", *data(seed, "sft")]
-    batch = ["--n_minibatches=4", "--n_epochs=1", "--micro_batch_size=16", "--samples_every=1"]
-    every = mock.patch.object(ppo, "write_samples", functools.partial(ppo.write_samples, n=64))  # the whole batch
-    argv = [*models, *batch, f"--episodes={UPDATES * 64}", *argv]
-    with every:
-        train(ppo, name, seed, *argv, patch=patch)
-    metrics, samples = (report.read(place(name, seed) / f"{which}.jsonl") for which in ("metrics", "samples"))
-    columns = dict(kl="objective/kl", proxy="objective/scores", tokens="val/response_length", eos="val/eos_rate",
-                   ratio="val/ratio", value_loss="loss/value_avg", perplexity="val/perplexity",
-                   gap="val/generation_gap")  # fmt: skip
-    curves = {name: [row[key] for row in metrics] for name, key in columns.items()}
-    scores = gold.score([row["query"] for row in samples], [row["response"] for row in samples])
-    curves["gold"] = np.reshape(scores, (len(metrics), -1)).mean(1).tolist()
-    texts = [(row["step"], row["response"], row["score"], true) for row, true in zip(samples, scores)]
-    return curves | {"texts": texts[:: 64 * 10] + texts[-64:-63]}
+    models = [start(seed, sft_model), f"--reward_model={reward_model(seed)}"]
+    batch = ["--n_minibatches=4", "--n_epochs=1", "--micro_batch_size=16", f"--episodes={UPDATES * BATCH}"]
+    whole = ["--samples_every=1", f"--samples_rows={BATCH}"]  # every response is written, for gold
+    train(ppo, name, seed, *models, data(seed, "sft"), *batch, *whole, *argv, **doors)
+
+    metrics = report.read(place(name, seed) / "metrics.jsonl")
+    curves = {curve: [row[key] for row in metrics] for curve, key in CURVES.items()}
+    written = report.read(place(name, seed) / "samples.jsonl")
+    scores = gold.score([row["query"] for row in written], [row["response"] for row in written])
+    curves["gold"] = np.reshape(scores, (len(metrics), BATCH)).mean(1).tolist()
+    texts = []
+    for row, true in zip(written, scores):
+        texts.append((row["step"], row["response"], row["score"], true))
+    first_of_each = texts[::BATCH]
+    return {**curves, "texts": [*first_of_each[::10], first_of_each[-1]]}
+
+
+def accuracy(directory):
+    """A reward model's accuracy on held-out pairs, or that of DPO's implicit reward."""
+    return json.loads((directory.parent / "eval.json").read_text())["eval/accuracy"]
+
+
+# ---------------------------------------------------------------------------- best of n
 
 
 def best_of_n(seed):
     """Draw many responses from SFT; returns, for each n, KL, and the proxy and gold of the best of n by proxy."""
-    argv = [f"--model={place('sft', seed)}/final", f"--seed={seed}", "--response_length=24", "--device=cpu"]
-    cfg = configure(sample.Config, [*data(seed, "sft"), f"--split=validation[:{POSTS}]", *argv])
-    numbers = {}
+    argv = [start(seed), data(seed, "sft"), f"--split=validation[:{POSTS}]", f"--seed={seed}"]
+    cfg = configure(sample.Config, [*argv, "--response_length=24", "--device=cpu"])
+    found = {}
+    draw(cfg, str(reward_model(seed)), found)
+    proxy = np.reshape(found["proxy"], (DRAWS, POSTS))
+    true = np.reshape(found["gold"], (DRAWS, POSTS))
+    sizes = [2**power for power in range(int(math.log2(DRAWS)) + 1)]
+    return {
+        "n": sizes,
+        "kl": [math.log(n) - (n - 1) / n for n in sizes],
+        "proxy": [float(best_of_mean(proxy, proxy, n)) for n in sizes],
+        "gold": [float(best_of_mean(proxy, true, n)) for n in sizes],
+    }
 
-    @runtime.stage
-    def draw(cfg):
-        run = runtime.Run(cfg)
-        run.tokenizer = Tokenizer.load(cfg.model)
-        language_model = runtime.load_model(run, model.GPTNeoX, cfg.model)
-        scorer = runtime.load_model(run, model.ScalarModel, str(reward_model(seed)))
-        queries = run.load(cfg.data, cfg.split)[:]["query"] * DRAWS
-        responses = samples.sample(run, cfg, language_model, queries)
-        score = functools.partial(last_scalars, [scorer], run.device)
-        texts = ([run.tokenizer.decode(ids) for ids in rows] for rows in (queries, responses))
-        numbers.update(proxy=samples.measure(run, cfg, score, queries, responses), gold=gold.score(*texts))
 
-    draw(cfg)
-    proxy, true = (np.reshape(numbers[key], (DRAWS, POSTS)) for key in ("proxy", "gold"))
-    ns = [2**k for k in range(int(math.log2(DRAWS)) + 1)]
-    means = [[float(best_of_mean(proxy, scores, n)) for n in ns] for scores in (proxy, true)]
-    return dict(n=ns, kl=[math.log(n) - (n - 1) / n for n in ns], proxy=means[0], gold=means[1])
+@stage
+def draw(cfg, scorer, found):
+    """Sample DRAWS responses for each query; their proxy and gold, round after round, go to the dict `found`."""
+    world = World(cfg)
+    tokenizer = Tokenizer.load(cfg.model)
+    language_model = load_model(cfg, world, tokenizer.n_vocab, GPTNeoX, cfg.model)
+    score = samples.reward_function(cfg, world, tokenizer, scorer)
+    rows = load_split(cfg, world, tokenizer, cfg.data, cfg.split)[:]
+    queries = rows["query"] * DRAWS
+    responses = samples.sample(cfg, world, tokenizer, language_model, queries)
+    found["proxy"] = samples.measure(cfg, world, score, queries, responses)
+    found["gold"] = gold.score(list(map(tokenizer.decode, queries)), list(map(tokenizer.decode, responses)))
 
 
 def best_of_mean(ranks, scores, n):
@@ -184,33 +213,55 @@ def best_of_mean(ranks, scores, n):
     return weights @ np.take_along_axis(scores, order, axis=0).mean(1)
 
 
-def without_eos(seed):
-    argv = [*data(seed, "sft"), f"--tokenizer={place('data', seed)}"]
-    train(sft, "sft-eos-is-padding", seed, *argv, patch=eos_is_padding())
-    return policy(seed, "ppo-eos-is-padding", ["--kl_coef=0.1", f"--episodes={20 * 64}"], start="sft-eos-is-padding")
+# ---------------------------------------------------------------------------- experiments
 
 
-def new_critic(seed):
+def reward_accuracy(seed, pairs):
+    return {"pairs": pairs, "accuracy": accuracy(reward_model(seed, pairs))}
+
+
+def implicit_accuracy(seed, pairs):
+    rows = [data(seed, "comparisons"), f"--train_split=train[:{pairs}]"]
+    final = train(dpo, f"dpo-{pairs}", seed, start(seed), *rows, episodes_of_pairs(pairs))
+    return {"pairs": pairs, "accuracy": accuracy(final)}
+
+
+def whitened(seed):
+    return policy(seed, "ppo-whitened", ["--kl_coef=0.1", "--whiten_rewards"])
+
+
+def with_eos_as_padding(seed):
+    name = "sft-eos-is-padding"
+    train(sft, name, seed, data(seed, "sft"), f"--tokenizer={place('data', seed)}", inputs=eos_is_padding)
+    return policy(seed, "ppo-eos-is-padding", ["--kl_coef=0.1", f"--episodes={20 * BATCH}"], sft_model=name)
+
+
+def with_dropout(seed):
+    with register_module_forward_hook(dropout):
+        return policy(seed, "ppo-dropout", ["--kl_coef=0.1"])
+
+
+def with_new_critic(seed):
     """PPO whose critic starts from the SFT model with a new head, not from the reward model."""
-    source, directory = str(place("sft", seed) / "final"), str(place("critic", seed))
-    critic = model.ScalarModel(model.GPTNeoXConfig.from_directory(source))
-    model.load_weights(critic, source, new_head=True)
+    source = place("sft", seed) / "final"
+    directory = place("critic", seed)
+    critic = ScalarModel(GPTNeoXConfig.from_directory(source))
+    load_weights(critic, source, new_head=True)
     critic.save_pretrained(directory)
     return policy(seed, "ppo-new-critic", ["--kl_coef=0.1", f"--critic={directory}"])
 
 
-def reward_accuracy(seed, pairs):
-    reward_model(seed, pairs)
-    return dict(pairs=pairs, accuracy=report_of(f"rm-{pairs}", seed)["eval/accuracy"])
+BF16 = ["--kl_coef=0.1", "--dtype=bfloat16", f"--episodes={8 * BATCH}"]
 
 
-def implicit_accuracy(seed, pairs):
-    argv = [f"--model={place('sft', seed)}/final", *data(seed, "comparisons"), f"--train_split=train[:{pairs}]"]
-    train(dpo, f"dpo-{pairs}", seed, *argv, f"--episodes={32 * max(100, pairs // 32)}")
-    return dict(pairs=pairs, accuracy=report_of(f"dpo-{pairs}", seed)["eval/accuracy"])
+def in_bfloat16(seed):
+    return policy(seed, "ppo-bfloat16", BF16)
 
 
-BF16 = ["--kl_coef=0.1", "--dtype=bfloat16", f"--episodes={8 * 64}"]
+def with_generation_logprobs(seed):
+    return policy(seed, "ppo-generation-bfloat16", BF16, advantages=generation_logprobs)
+
+
 # experiment -> arm -> function of the seed that returns a row of results
 EXPERIMENTS = {
     "overoptimisation": {
@@ -219,16 +270,16 @@ EXPERIMENTS = {
     },
     "best_of_n": {"best of n": best_of_n},
     "data": {
-        **{f"rm {n}": functools.partial(reward_accuracy, pairs=n) for n in SIZES},
-        **{f"dpo {n}": functools.partial(implicit_accuracy, pairs=n) for n in SIZES[1:3]},
+        **{f"rm {pairs}": functools.partial(reward_accuracy, pairs=pairs) for pairs in SIZES},
+        **{f"dpo {pairs}": functools.partial(implicit_accuracy, pairs=pairs) for pairs in SIZES[1:3]},
     },
-    "whitening": {"whitened": lambda seed: policy(seed, "ppo-whitened", ["--kl_coef=0.1", "--whiten_rewards"])},
+    "whitening": {"whitened": whitened},
     "mistakes": {
-        "EOS is padding": without_eos,
-        "dropout": lambda seed: policy(seed, "ppo-dropout", ["--kl_coef=0.1"], patch=dropout()),
-        "new critic": new_critic,
-        "bfloat16": lambda seed: policy(seed, "ppo-bfloat16", BF16),
-        "bfloat16, generation": lambda s: policy(s, "ppo-generation-bfloat16", BF16, patch=generation_logprobs()),
+        "EOS is padding": with_eos_as_padding,
+        "dropout": with_dropout,
+        "new critic": with_new_critic,
+        "bfloat16": in_bfloat16,
+        "bfloat16, generation": with_generation_logprobs,
     },
 }
 
@@ -236,42 +287,62 @@ EXPERIMENTS = {
 # ---------------------------------------------------------------------------- all of it
 
 
-def job(experiment, arm, seed):
-    """What a process of the pool does: the base of a seed (no experiment), or one arm; returns its row of results."""
+def prepare(seed):
+    """What a process of the pool does first: the models of a seed that its arms start from."""
     os.chdir(ROOT)
     torch.set_num_threads(1)
     base(seed)
     reward_model(seed)
+
+
+def run_arm(experiment, arm, seed):
+    """What a process of the pool does then: one arm; returns its row of results."""
+    prepare(seed)  # all is there; what is not complete is trained
     torch.manual_seed(seed)  # for dropout and for a new head; all else draws by its own seeds
-    return experiment and {"experiment": experiment, "arm": arm, "seed": seed, **EXPERIMENTS[experiment][arm](seed)}
+    row = EXPERIMENTS[experiment][arm](seed)
+    return {"experiment": experiment, "arm": arm, "seed": seed, **row}
+
+
+def missing_arms(experiments):
+    """(experiment, arm, seed) of what has no row in RESULTS yet."""
+    rows = report.read(RESULTS) if RESULTS.exists() else []
+    done = {(row["experiment"], row["arm"], row["seed"]) for row in rows}
+    missing = []
+    for experiment in experiments:
+        for arm in EXPERIMENTS[experiment]:
+            missing += [(experiment, arm, seed) for seed in SEEDS if (experiment, arm, seed) not in done]
+    return missing
 
 
 def run_all(experiments):
-    """Run what has no row in RESULTS yet, as many at a time as there are cores; the base of a seed goes first."""
-    done = {(row["experiment"], row["arm"], row["seed"]) for row in report.read(RESULTS)} if RESULTS.exists() else set()
-    todo = [(name, arm, seed) for name in experiments for arm in EXPERIMENTS[name] for seed in SEEDS]
-    todo = [key for key in todo if key not in done]
+    """Run what is missing, as many at a time as there are cores; the base of a seed goes first."""
+    missing = missing_arms(experiments)
+    seeds = sorted({seed for _, _, seed in missing})
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        waiting = {pool.submit(job, None, "", seed): seed for seed in SEEDS if any(key[2] == seed for key in todo)}
-        with tqdm(total=len(todo) + len(waiting)) as bar:
+        bases = {pool.submit(prepare, seed): seed for seed in seeds}
+        waiting = set(bases)
+        with tqdm(total=len(missing) + len(seeds)) as bar:
             while waiting:
                 future = next(as_completed(waiting))
-                seed, row = waiting.pop(future), future.result()
+                waiting.remove(future)
+                row = future.result()
                 bar.update()
-                if row is None:
-                    waiting |= {pool.submit(job, *key): seed for key in todo if key[2] == seed}
+                if future in bases:
+                    ready = [key for key in missing if key[2] == bases[future]]
+                    waiting.update(pool.submit(run_arm, *key) for key in ready)
                 else:
-                    runtime.write_jsonl(RESULTS, [row], "a")
+                    write_jsonl(RESULTS, [row], "a")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)}; none: all")
     names = parser.parse_args().experiments or list(EXPERIMENTS)
-    if unknown := set(names) - set(EXPERIMENTS):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(EXPERIMENTS)}")
+    unknown = sorted(set(names) - set(EXPERIMENTS))
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(EXPERIMENTS)}")
     run_all(names)
     report.write(RESULTS, OUT)
 

@@ -1,15 +1,21 @@
 """A tiny trained pipeline for the tests of the stages: toy data, a small SFT model, a reward model."""
 
 import dataclasses
+import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch.nn.modules.module import register_module_forward_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import rm
 import sft
+from fast import Linear
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(batch_size=8, micro_batch_size=3, episodes=16, lr=1e-3, device="cpu", dtype="float32")
@@ -27,10 +33,15 @@ def write_rows(path, rows):
     return str(path)
 
 
-# every option of PPO at once
-EVERYTHING = dict(reward_norm="normalize", reward_clip=2.0, advantage_clip=1.0, critic_steps=3,
-                  critic_lr=2e-3, entropy_coef=0.01, ptx_coef=0.5, max_grad_norm=1.0, adam_style="tf",
-                  kl_target=0.5)  # fmt: skip
+def read_rows(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+# every option of PPO at once, and of variants/ppo_max.py, to whose Config they belong
+EVERYTHING = dict(
+    reward_norm="normalize", reward_clip=2.0, advantage_clip=1.0, ptx_coef=0.5,
+    critic_steps=3, critic_lr=2e-3, entropy_coef=0.01, max_grad_norm=1.0, adam_style="tf", kl_target=0.5,
+)  # fmt: skip
 
 
 def ranked(n):
@@ -47,25 +58,32 @@ class Pipeline:
         self.data = make_data(directory / "data")
         shape = dict(vocab_size=896, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
         (self.data / "config.json").write_text(json.dumps(shape))
-        self.sft, self.rm = directory / "sft" / "final", directory / "rm" / "final"
+        self.sft = directory / "sft" / "final"
+        self.rm = directory / "rm" / "final"
         # 40 updates: enough that the policy sometimes ends its response
         sft.main(self.config(sft, "sft", episodes=320, lr=5e-3))
         rm.main(self.config(rm, "rm"))
 
     def config(self, stage, name, **changes):
-        posts, pairs = (f"{self.data}/{kind}_{{split}}.jsonl" for kind in ("sft", "comparisons"))
-        values = dict(
+        """stage: a module with a Config; a variant begins with the values of the stage whose Config it extends."""
+        posts = f"{self.data}/sft_{{split}}.jsonl"
+        pairs = f"{self.data}/comparisons_{{split}}.jsonl"
+        policy = str(self.sft)
+        reward_model = str(self.rm)
+        stages = dict(
             sft=dict(scratch=True, model=str(self.data), data=posts, loss_on="response"),
-            rm=dict(model=str(self.sft), data=pairs, normalize_data=posts),
-            ppo=dict(model=str(self.sft), reward_model=str(self.rm), data=posts, response_length=10,
+            rm=dict(model=policy, data=pairs, normalize_data=posts),
+            ppo=dict(model=policy, reward_model=reward_model, data=posts, response_length=10,
                      rollout_micro_batch_size=3),
-            dpo=dict(model=str(self.sft), data=pairs),
-            sample=dict(model=str(self.sft), reward_model=str(self.rm), reference=str(self.sft), data=posts,
-                        response_length=10),
-        )[stage.__name__]  # fmt: skip
+            dpo=dict(model=policy, data=pairs),
+            sample=dict(model=policy, reward_model=reward_model, reference=policy, data=posts, response_length=10),
+        )  # fmt: skip
+        kinds = [cls.__module__ for cls in stage.Config.__mro__]
+        kind = next(kind for kind in kinds if kind in stages)
         known = {field.name for field in dataclasses.fields(stage.Config)}
         small = {key: value for key, value in SMALL.items() if key in known}
-        return stage.Config(**{**small, **values, "out_dir": str(self.directory / name), **changes})
+        out_dir = str(self.directory / name)
+        return stage.Config(**{**small, **stages[kind], "out_dir": out_dir, **changes})
 
 
 def arguments(cfg):
@@ -75,8 +93,39 @@ def arguments(cfg):
 
 def metrics(cfg_or_dir):
     directory = getattr(cfg_or_dir, "out_dir", cfg_or_dir)
-    return [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
+    return read_rows(Path(directory) / "metrics.jsonl")
 
+
+# ---------------------------------------------------------------------------- what happens in the middle of a run
+
+
+def in_update(cfg, step, action):
+    """While this context lasts, action() is called in update `step` of a run of cfg, after its first optimizer step."""
+    steps_per_update = getattr(cfg, "n_epochs", 1) * getattr(cfg, "n_minibatches", 1)
+    numbers = itertools.count()
+
+    def hook(optimizer, args, kwargs):
+        if next(numbers) == step * steps_per_update:
+            action()
+
+    return register_optimizer_step_post_hook(hook)
+
+
+def nan_in(passes):
+    """While this context lasts, the logits of these forward passes of training, numbered from 0, are NaN."""
+    numbers = itertools.count()
+
+    def hook(module, inputs, logits):
+        # embed_out is the one Linear without a bias; a rollout or an evaluation computes no gradient.
+        is_head = isinstance(module, Linear) and module.bias is None
+        if is_head and torch.is_grad_enabled() and next(numbers) in passes:
+            return logits * math.nan
+        return None
+
+    return register_module_forward_hook(hook)
+
+
+# ---------------------------------------------------------------------------- what two runs have in common
 
 # Two runs that add the same float32 numbers in another order. A sum of n terms then differs by about sqrt(n) u of
 # the terms' size, u = 6e-8; n is at most 2,000 here (a batch's tokens; the products of a layer), which gives 3e-6;
@@ -86,10 +135,10 @@ def metrics(cfg_or_dir):
 ROUNDING = 1e-5
 
 
-def same_metrics(a, b):
+def same_metrics(ours, theirs):
     """Assert that two lists of metric rows have the same keys and, up to rounding, the same numbers."""
-    assert [list(row) for row in a] == [list(row) for row in b]
-    for left, right in zip(a, b):
+    assert [list(row) for row in ours] == [list(row) for row in theirs]
+    for left, right in zip(ours, theirs):
         for key in left:
             where = f"{left['step']} {key}"
             np.testing.assert_allclose(left[key], right[key], rtol=ROUNDING, atol=ROUNDING, err_msg=where)

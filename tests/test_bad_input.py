@@ -18,6 +18,7 @@ import rm
 import sample
 import sft
 from configurator import UserError
+from variants import dpo_losses, ppo_max
 
 POST = {"subreddit": "pets", "title": "a cat", "post": "it slept.", "summary": "a cat slept"}
 PAIR = {
@@ -103,8 +104,10 @@ CASES = {
     "unknown loss_on": (sft, lambda d: dict(loss_on="query"), "loss_on.*'query'.*response"),
     "unknown reduction": (sft, lambda d: dict(reduction="sum"), "reduction.*sequence"),
     "unknown schedule": (sft, lambda d: dict(schedule="cosin"), "'schedule' is 'cosin'.*cosine"),
-    "unknown loss_type": (dpo, lambda d: dict(loss_type="hings"), "loss_type 'hings'.*hinge"),
+    "unknown loss_type": (dpo, lambda d: dict(loss_type="hings"), "'loss_type' is 'hings'.*hinge"),
     "smoothing that does nothing": (dpo, lambda d: dict(loss_type="ipo", label_smoothing=0.1), "label_smoothing.*ipo"),
+    "smoothing for a variant's loss": (dpo_losses, lambda d: dict(loss_type="ipo_norm", label_smoothing=0.1),
+                                       "label_smoothing.*ipo_norm"),
     "batch of 0": (sft, lambda d: dict(batch_size=0), "'batch_size' takes int from 1"),
     "micro-batch of 0": (sft, lambda d: dict(micro_batch_size=0), "'micro_batch_size' takes int from 1"),
     "batch not divisible": (ppo, lambda d: dict(n_minibatches=3), "batch_size must be a multiple of 3"),
@@ -175,7 +178,7 @@ CASES = {
     "the critic alone to the end": (ppo, lambda d: dict(critic_steps=2), "critic_steps must be below 2"),
     "no such end": (ppo, lambda d: dict(truncate_token=99999), "truncate_token must be below"),
     "no end in time": (ppo, lambda d: dict(truncate_after=10), "truncate_after must be below 10"),
-    "pre-training row too long": (ppo, lambda d: dict(ptx_coef=0.1, ptx_data=write_rows(d / "x.jsonl", [
+    "pre-training row too long": (ppo_max, lambda d: dict(ptx_coef=0.1, ptx_data=write_rows(d / "x.jsonl", [
         {"prompt": "a", "completion": " b" * 900}])), "x.jsonl .*row 0 has .* tokens, more than max_length 522"),
     "reference too long": (rm, lambda d: dict(normalize_data=write_rows(d / "x.jsonl", [
         {"prompt": "a", "completion": " b" * 900}])), "x.jsonl .*row 0 has .* tokens, more than max_length 638"),
@@ -248,6 +251,8 @@ def test_bad_command_line_is_one_line_and_exit_code_1(pipeline, argument):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "sft.py", *arguments(pipeline.config(sft, "never")), argument]
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert result.returncode == 1 and result.stdout == ""
-    assert len(result.stderr.strip().split("\n")) == 1 and argument.split("=")[0].lstrip("-") in result.stderr
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert len(result.stderr.strip().split("\n")) == 1
+    assert argument.split("=")[0].lstrip("-") in result.stderr
     assert not (pipeline.directory / "never").exists()

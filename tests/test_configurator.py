@@ -34,7 +34,8 @@ def refusal(argv):
     with pytest.raises(UserError) as error:
         configure(Config, argv)
     message = str(error.value)
-    assert message and "\n" not in message
+    assert message
+    assert "\n" not in message
     assert error.value.code not in (0, None)  # the shell sees a failure
     return message
 
@@ -80,12 +81,14 @@ def test_calls_do_not_share_values(write):
 @pytest.mark.parametrize("text, value", [("1e-5", 1e-5), ("2", 2.0), ("0", 0.0), (".25", 0.25)])
 def test_float_from_command_line(text, value):
     got = configure(Config, [f"--learning_rate={text}"]).learning_rate
-    assert got == value and type(got) is float
+    assert got == value
+    assert type(got) is float
 
 
 def test_int_is_accepted_for_a_float_in_a_file(write):
     got = configure(Config, [write("learning_rate = 1")]).learning_rate
-    assert got == 1.0 and type(got) is float
+    assert got == 1.0
+    assert type(got) is float
 
 
 @pytest.mark.parametrize(
@@ -133,7 +136,8 @@ def test_underscore_names_in_a_file_are_helpers(write):
 def test_unknown_key_names_the_nearest(key, write):
     for argv in ([f"--{key}=1"], [f"--{key}"], [write(f"{key} = 1")]):
         message = refusal(argv)
-        assert key in message and "learning_rate" in message
+        assert key in message
+        assert "learning_rate" in message
     assert "x.py" in refusal([write(f"{key} = 1")])
 
 
@@ -154,7 +158,9 @@ WRONG_IN_FILE = [
 @pytest.mark.parametrize("key, literal, wanted, given", WRONG_IN_FILE)
 def test_wrong_type_in_a_file_names_field_and_both_types(key, literal, wanted, given, write):
     message = refusal([write(f"{key} = {literal}")])
-    assert key in message and wanted in message and given in message
+    assert key in message
+    assert wanted in message
+    assert given in message
 
 
 @pytest.mark.parametrize(
@@ -167,7 +173,9 @@ def test_wrong_type_in_a_file_names_field_and_both_types(key, literal, wanted, g
 )
 def test_wrong_type_on_the_command_line_names_field_type_and_text(key, text, wanted):
     message = refusal([f"--{key}={text}"])
-    assert key in message and wanted in message and text in message
+    assert key in message
+    assert wanted in message
+    assert text in message
 
 
 @pytest.mark.parametrize(
@@ -232,7 +240,8 @@ def test_failed_configuration_changes_no_default():
 def test_help_shows_every_field_with_comment_and_default(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         configure(Config, argv)
-    assert stop.value.code in (0, None) and not isinstance(stop.value, UserError)
+    assert stop.value.code in (0, None)
+    assert not isinstance(stop.value, UserError)
     lines = capsys.readouterr().out.splitlines()
     expected = {
         "out_dir": ("out/run", "where the run goes"),
@@ -266,13 +275,15 @@ def test_help_shows_inherited_fields_with_the_comment_that_holds(capsys):
 def test_user_error_is_a_quiet_exit():
     """One line for the user in place of a traceback."""
     error = UserError("no such file")
-    assert isinstance(error, SystemExit) and str(error) == "no such file"
+    assert isinstance(error, SystemExit)
+    assert str(error) == "no such file"
 
 
 def test_configure_reads_no_environment_and_writes_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BATCH_SIZE", "9")
-    assert configure(Config, []).batch_size == 64 and os.listdir(tmp_path) == []
+    assert configure(Config, []).batch_size == 64
+    assert os.listdir(tmp_path) == []
 
 
 @dataclass
@@ -303,6 +314,9 @@ CONFIG_FILES = sorted((Path(__file__).parent.parent / "config").glob("*.py"))
 
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
 def test_config_files_fit_the_stage_that_their_first_line_starts(path):
+    """A script is launched by its file, a variant as a module: `-m variants.NAME`."""
     launch = path.read_text().splitlines()[0]
-    stage = importlib.import_module(re.search(r"(\w+)\.py config/", launch)[1])
-    assert path.name in launch and configure(stage.Config, [str(path)]) != stage.Config()
+    script, variant = re.search(r" (?:(\w+)\.py|-m (variants\.\w+)) config/", launch).groups()
+    stage = importlib.import_module(script or variant)
+    assert path.name in launch
+    assert configure(stage.Config, [str(path)]) != stage.Config()

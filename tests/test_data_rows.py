@@ -1,18 +1,19 @@
 """Rows of every schema, what makes up a batch, and which rows make up which step."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pipeline import ROOT, make_data
+from pipeline import ROOT, make_data, write_rows
 
-import data
 from configurator import UserError
-from data import Tokenizer, batch_rows, collate, load_rows, uniforms
+from data import batch_indices, collate, load_rows, uniforms
+from hub.tokenizer import Tokenizer
 
 POST = {"subreddit": "pets", "title": "a cat", "post": "it slept.", "summary": "a cat slept"}
 QUERY = "SUBREDDIT: r/pets\n\nTITLE: a cat\n\nPOST: it slept.\n\nTL;DR:"
@@ -20,7 +21,8 @@ INFO = {key: POST[key] for key in ("subreddit", "title", "post")}
 ARTICLE = {"article": "it slept.", "post": None, "title": None, "subreddit": None}
 TEXTS = [{"text": " one", "policy": "b"}, {"text": " two", "policy": "a"}]
 CHAT = [{"role": "user", "content": "hi"}]
-YES, NO = ({"role": "assistant", "content": text} for text in ("yes", "no"))
+YES = {"role": "assistant", "content": "yes"}
+NO = {"role": "assistant", "content": "no"}
 HUMAN = "\n\nHuman: hi\n\nAssistant:"
 
 # row -> the query's text, the responses' texts without EOS, the best first
@@ -82,16 +84,17 @@ def test_schema_gives_query_and_responses(name, kind, tokenizer, tmp_path):
 
 def test_pairs_serve_as_demonstrations(tokenizer, toy):
     """SFT on comparisons keeps the chosen response alone, and its length."""
-    pairs, chosen = (load_rows(f"{toy}/comparisons_{{split}}.jsonl", "train", tokenizer, n) for n in (2, 1))
+    source = f"{toy}/comparisons_{{split}}.jsonl"
+    pairs = load_rows(source, "train", tokenizer, 2)
+    chosen = load_rows(source, "train", tokenizer, 1)
     for pair, row in zip(pairs, chosen, strict=True):
         assert row["responses"] == pair["responses"][:1]
         assert row["length"] == len(pair["query"]) + len(pair["responses"][0])
 
 
 def test_queries_need_no_summary(tokenizer, tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_text("".join(json.dumps({**POST, "summary": text}) + "\n" for text in ("a cat", None)))
-    assert [row["responses"] for row in load_rows(str(path), "train", tokenizer)] == [[], []]
+    path = write_rows(tmp_path / "x.jsonl", [{**POST, "summary": text} for text in ("a cat", None)])
+    assert load_rows(path, "train", tokenizer)["responses"] == [[], []]
 
 
 def test_tokenizer_of_a_hub_id_fetches_no_weights(toy, monkeypatch):
@@ -101,7 +104,7 @@ def test_tokenizer_of_a_hub_id_fetches_no_weights(toy, monkeypatch):
         asked.append((source, revision, allow_patterns))
         return str(toy)
 
-    monkeypatch.setattr("model.snapshot_download", fetch)
+    monkeypatch.setattr("hub.weights.snapshot_download", fetch)
     assert Tokenizer.load("some/model", "step3").eos_id == 0
     assert asked == [("some/model", "step3", ["tokenizer.json"])]
 
@@ -115,70 +118,103 @@ def test_directory_loads_as_a_data_set(tokenizer, tmp_path):
 
 
 def test_changed_file_is_read_again(tokenizer, tmp_path):
-    path = tmp_path / "x.jsonl"
     for title in ("one", "two"):
-        path.write_text(json.dumps({**POST, "title": title}) + "\n")
-        assert title in tokenizer.decode(load_rows(str(path), "train", tokenizer, 1)[0]["query"])
+        path = write_rows(tmp_path / "x.jsonl", [{**POST, "title": title}])
+        assert title in tokenizer.decode(load_rows(path, "train", tokenizer, 1)[0]["query"])
 
 
-def test_changed_code_does_not_read_the_old_cache(tokenizer, tmp_path, monkeypatch):
-    """The cache's key holds data.py itself: an edited format takes effect."""
-    path = tmp_path / "x.jsonl"
-    path.write_text(json.dumps(POST) + "\n")
-    first = load_rows(str(path), "train", tokenizer, 1)._fingerprint
-    assert load_rows(str(path), "train", tokenizer, 1)._fingerprint == first
-    edited = tmp_path / "data.py"
-    edited.write_text(Path(data.__file__).read_text() + "# edited\n")
-    monkeypatch.setattr(data, "__file__", str(edited))
-    assert load_rows(str(path), "train", tokenizer, 1)._fingerprint != first
+FINGERPRINT = """
+import sys
+import data
+path, tokenizer = sys.argv[1:]
+print(data.load_rows(path, "train", data.Tokenizer.load(tokenizer), 1)._fingerprint)
+"""
+
+
+def test_changed_code_does_not_read_the_old_cache(tokenizer, toy, tmp_path):
+    """The cache's key holds the code that reads rows: an edited format takes effect."""
+    path = write_rows(tmp_path / "x.jsonl", [POST])
+    first = load_rows(path, "train", tokenizer, 1)._fingerprint
+    assert load_rows(path, "train", tokenizer, 1)._fingerprint == first
+
+    def fingerprint_of_copy(edited=None):
+        """That of the same rows, read by a copy of the code."""
+        copy = tmp_path / f"edited {edited}".replace("/", " ")
+        shutil.copytree(ROOT / "hub", copy / "hub")
+        for name in ("configurator.py", "data.py"):
+            shutil.copy(ROOT / name, copy)
+        if edited is not None:
+            with open(copy / edited, "a") as file:
+                file.write("# edited\n")
+        environment = {**os.environ, "PYTHONPATH": str(copy)}
+        command = [sys.executable, "-c", FINGERPRINT, path, toy]
+        result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
+
+    assert fingerprint_of_copy() == first
+    fingerprints = {fingerprint_of_copy(name) for name in ("data.py", "hub/rows.py", "hub/tokenizer.py")}
+    assert len(fingerprints) == 3 and first not in fingerprints
 
 
 def test_long_rows_are_an_error(tokenizer, tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_text("".join(json.dumps({**POST, "summary": "a " * n}) + "\n" for n in (1, 50, 2)))
+    path = write_rows(tmp_path / "x.jsonl", [{**POST, "summary": "a " * n} for n in (1, 50, 2)])
     with pytest.raises(UserError, match=r"row 1 has \d+ tokens.*\(1 such rows of 3\)"):
-        load_rows(str(path), "train", tokenizer, 1, max_length=60)
-    assert len(load_rows(str(path), "train", tokenizer, 0, max_length=60)) == 3  # queries alone are short
+        load_rows(path, "train", tokenizer, 1, max_length=60)
+    assert len(load_rows(path, "train", tokenizer, 0, max_length=60)) == 3  # queries alone are short
 
 
 def test_real_rows_have_the_known_lengths(real_tokenizer, tldr_sample):
     """Query at most 512, query + response at most 562 (SFT), response at most 53 tokens of Pythia's tokenizer."""
     tokenizer = Tokenizer.load(str(real_tokenizer))
-    for split, n in (("train", 1362), ("validation", 194)):
+    for split, n_rows in (("train", 1362), ("validation", 194)):
         rows = load_rows(f"{tldr_sample}/sft_{{split}}.jsonl", split, tokenizer, 1, max_length=562)
-        assert len(rows) == n
-        assert max(map(len, rows["query"])) <= 512 and max(len(r[0]) for r in rows["responses"]) <= 53
-        assert all(tokenizer.decode(r[0]).startswith(" ") and r[0][-1] == 0 for r in rows["responses"])
+        responses = [responses[0] for responses in rows["responses"]]
+        assert len(rows) == n_rows
+        assert max(map(len, rows["query"])) <= 512
+        assert max(map(len, responses)) <= 53
+        assert all(ids[-1] == tokenizer.eos_id for ids in responses)
+        assert all(tokenizer.decode(ids).startswith(" ") for ids in responses)
+
     pairs = load_rows(f"{tldr_sample}/comparisons_{{split}}.jsonl", "train", tokenizer, 2, max_length=638)
     raw = [json.loads(line) for line in (tldr_sample / "comparisons_train.jsonl").read_text().splitlines()]
     for row, pair in list(zip(raw, pairs))[::50]:
-        texts = [tokenizer.decode(ids) for ids in pair["responses"]]
-        assert texts == [row["summaries"][row["choice"]]["text"], row["summaries"][1 - row["choice"]]["text"]]
+        chosen = row["summaries"][row["choice"]]["text"]
+        rejected = row["summaries"][1 - row["choice"]]["text"]
+        assert [tokenizer.decode(ids) for ids in pair["responses"]] == [chosen, rejected]
+
+
+def concatenated(n_rows, batch_size, steps, seed):
+    return np.concatenate([batch_indices(n_rows, batch_size, step, seed) for step in steps]).tolist()
 
 
 def test_each_epoch_is_a_permutation_of_its_own():
-    steps = [batch_rows(10, 4, step, seed=1) for step in range(5)]  # 20 rows: two epochs
-    rows = np.concatenate(steps)
-    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10)) and list(rows[:10]) != list(rows[10:])
-    assert (batch_rows(10, 4, 3, seed=1) == steps[3]).all()  # of (seed, step) alone
-    assert list(np.concatenate([batch_rows(10, 4, step, seed=2) for step in range(5)])) != list(rows)
+    two_epochs = concatenated(10, 4, range(5), seed=1)
+    first = two_epochs[:10]
+    second = two_epochs[10:]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert concatenated(10, 4, [3], seed=1) == two_epochs[12:16]  # of (seed, step) alone
+    assert concatenated(10, 4, range(5), seed=2) != two_epochs
 
 
 def test_batches_do_not_depend_on_each_other():
     """The same rows come whether a step is reached by a run or by a resumed one, for any batch size."""
-    assert list(batch_rows(7, 3, 2, 5)) == list(np.concatenate([batch_rows(7, 1, step, 5) for step in (6, 7, 8)]))
+    assert concatenated(7, 3, [2], seed=5) == concatenated(7, 1, [6, 7, 8], seed=5)
 
 
 def test_uniforms_are_a_function_of_their_key():
-    a = uniforms((4, 6), 1, 2)
-    assert torch.equal(a, uniforms((4, 6), 1, 2)) and not torch.equal(a, uniforms((4, 6), 1, 3))
-    assert a.min() >= 0 and a.max() < 1
+    draws = uniforms((4, 6), 1, 2)
+    assert torch.equal(draws, uniforms((4, 6), 1, 2))
+    assert not torch.equal(draws, uniforms((4, 6), 1, 3))
+    assert draws.min() >= 0 and draws.max() < 1
 
 
 def test_collate_aligns_predictions_with_targets():
     ids, select, targets, mask = collate([[11, 12, 13], [21]], [[14, 15], [22, 23, 24]])
     assert ids.tolist() == [[11, 12, 13, 14, 15], [21, 22, 23, 24, 0]]
-    assert targets.tolist() == [[14, 15, 0], [22, 23, 24]] and mask.tolist() == [[True, True, False], [True] * 3]
+    assert targets.tolist() == [[14, 15, 0], [22, 23, 24]]
+    assert mask.tolist() == [[True, True, False], [True, True, True]]
     # position p predicts the token at p + 1
     for row in range(2):
         for column in range(3):
@@ -189,11 +225,16 @@ def test_collate_aligns_predictions_with_targets():
 
 def test_import_has_no_side_effects():
     """Importing every module neither parses arguments, starts a process group, touches CUDA, nor writes anything."""
-    code = """
-import os, sys
+    names = [path.stem for path in ROOT.glob("*.py")]
+    for package in ("hub", "distributed", "evals", "variants"):
+        names += [f"{package}.{path.stem}" for path in (ROOT / package).glob("[a-z]*.py")]
+    assert {"ppo", "hub.weights", "distributed.sharding", "evals.winrate", "variants.grpo"} < set(names)
+    code = f"""
+import importlib, os, sys
 sys.argv = ["x", "--no_such_key=1"]
 before = sorted(os.listdir("."))
-import configurator, model, data, runtime, sft, rm, ppo, dpo, sample
+for name in {sorted(names)}:
+    importlib.import_module(name)
 import torch
 assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
 assert "datasets" not in sys.modules and "wandb" not in sys.modules

@@ -1,4 +1,4 @@
-"""data.Tokenizer against the `tokenizers` library, data.format_query against the literal truncation loop."""
+"""hub.tokenizer.Tokenizer against the `tokenizers` library, data.format_query against the literal truncation loop."""
 
 import json
 import random
@@ -9,7 +9,8 @@ import unicodedata
 import pytest
 
 from configurator import UserError
-from data import Tokenizer, format_query
+from data import format_query
+from hub.tokenizer import Tokenizer
 
 library_module = pytest.importorskip("tokenizers")
 
@@ -37,7 +38,7 @@ def posts(tldr_sample):
 def assert_same(texts, tokenizer, library):
     assert texts
     expected = [encoding.ids for encoding in library.encode_batch(texts, add_special_tokens=False)]
-    wrong = [t for t, ids in zip(texts, expected, strict=True) if tokenizer.encode(t) != ids]
+    wrong = [text for text, ids in zip(texts, expected, strict=True) if tokenizer.encode(text) != ids]
     assert not wrong, f"{len(wrong)} of {len(texts)} differ, the first: {wrong[:5]!a}"
 
 
@@ -71,20 +72,20 @@ WORDS = [
 
 
 def test_encode_matches_library_on_posts(tokenizer, library, posts):
-    texts = [row[k] for row in posts for k in ("subreddit", "title", "post", "summary")]
+    texts = [row[key] for row in posts for key in ("subreddit", "title", "post", "summary")]
     assert_same(texts, tokenizer, library)
 
 
 def test_encode_matches_library_on_comparisons(tokenizer, library, tldr_sample):
     rows = read_jsonl(tldr_sample / "comparisons_train.jsonl")
     rows += read_jsonl(tldr_sample / "comparisons_validation.jsonl")
-    texts = [s["text"] for row in rows for s in row["summaries"]]
-    texts += [row["info"][k] for row in rows for k in ("subreddit", "title", "post")]
+    texts = [summary["text"] for row in rows for summary in row["summaries"]]
+    texts += [row["info"][key] for row in rows for key in ("subreddit", "title", "post")]
     assert_same(texts, tokenizer, library)
 
 
 def test_encode_matches_library_on_nasty_words(tokenizer, library):
-    texts = WORDS + SPECIAL + [a + b for a in WORDS[:40] for b in WORDS[:40]]
+    texts = WORDS + SPECIAL + [first + second for first in WORDS[:40] for second in WORDS[:40]]
     assert_same(texts, tokenizer, library)
 
 
@@ -100,7 +101,8 @@ def test_encode_matches_library_on_runs_of_white_space(char, tokenizer, library)
         "1{}2", "{}\u0301", "e\u0301{}e\u0301", "\u4f60{}\u597d", "{}'s", "a{} b", "a {}b",
         "{}<|endoftext|>{}",
     ]
-    assert_same([f.replace("{}", char * n) for f in frames for n in range(61)], tokenizer, library)
+    texts = [frame.replace("{}", char * n) for frame in frames for n in range(61)]
+    assert_same(texts, tokenizer, library)
 
 
 def test_encode_matches_library_on_random_strings(tokenizer, library):
@@ -119,8 +121,10 @@ def test_encode_matches_library_on_random_strings(tokenizer, library):
 @pytest.mark.parametrize("frame", ["{}", "a{}b"])
 def test_encode_matches_library_on_every_code_point(frame, tokenizer, library):
     """Each shows its class to the splitting pattern (letter, number, space, other) and its normal form."""
-    chars = [chr(c) for c in range(sys.maxunicode + 1)]
-    texts = [frame.replace("{}", c) for c in chars if unicodedata.category(c) not in ("Cn", "Co", "Cs")]
+    texts = []
+    for code in range(sys.maxunicode + 1):
+        if unicodedata.category(chr(code)) not in ("Cn", "Co", "Cs"):
+            texts.append(frame.replace("{}", chr(code)))
     assert len(texts) > 140_000
     for start in range(0, len(texts), 20_000):
         assert_same(texts[start : start + 20_000], tokenizer, library)
@@ -159,7 +163,8 @@ def test_special_ids_are_those_of_pythia(tokenizer):
 def test_load_accepts_a_directory(tokenizer, real_tokenizer, tmp_path):
     shutil.copy(real_tokenizer, tmp_path / "tokenizer.json")
     loaded = Tokenizer.load(str(tmp_path))
-    assert loaded.encode("a  b\n\nTL;DR:") == tokenizer.encode("a  b\n\nTL;DR:") and loaded.n_vocab == 50277
+    assert loaded.encode("a  b\n\nTL;DR:") == tokenizer.encode("a  b\n\nTL;DR:")
+    assert loaded.n_vocab == 50277
 
 
 @pytest.mark.parametrize("text", [None, "", "{broken", "[]", "{}"])
@@ -169,7 +174,8 @@ def test_load_names_a_bad_file(text, tmp_path):
         file.write_text(text)
     with pytest.raises(UserError) as error:
         Tokenizer.load(str(file))
-    assert "tokenizer.json" in str(error.value) and "\n" not in str(error.value)
+    assert "tokenizer.json" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def add_word(**flags):
@@ -227,10 +233,8 @@ def literal_query(row, library, max_tokens):
 
 
 def assert_literal(row, tokenizer, library, max_tokens):
-    assert format_query(row, tokenizer, max_tokens) == literal_query(row, library, max_tokens), (
-        max_tokens,
-        row,
-    )
+    expected = literal_query(row, library, max_tokens)
+    assert format_query(row, tokenizer, max_tokens) == expected, (max_tokens, row)
 
 
 def full_length(row, library):
@@ -251,9 +255,11 @@ def test_format_query_matches_literal_loop_on_real_posts(tokenizer, library, pos
 
 
 def test_format_query_cuts_long_posts_at_newlines(tokenizer, library, posts):
-    rng, cut = random.Random(0), 0
-    for i in range(60):
-        row = reddit("\n\n".join(row["post"] for row in rng.sample(posts, 4)), posts[i]["title"])
+    rng = random.Random(0)
+    cut = 0
+    for number in range(60):
+        text = "\n\n".join(row["post"] for row in rng.sample(posts, 4))
+        row = reddit(text, posts[number]["title"])
         assert_literal(row, tokenizer, library, 512)
         assert format_query(row, tokenizer) == format_query(row, tokenizer, 512)
         cut += full_length(row, library) > 512
@@ -270,18 +276,18 @@ def test_format_query_cuts_single_paragraphs_by_characters(tokenizer, library, p
 
 def test_format_query_cuts_newlines_first_then_characters(tokenizer, library, posts):
     rng = random.Random(1)
-    for row in rng.sample([r for r in posts if "\n" in r["post"]], 30):
-        head = {**row, "post": row["post"][: row["post"].index("\n")]}
-        cut = rng.randint(1, 25)
-        if full_length(head, library) - cut >= full_length(
-            reddit("", row["title"], row["subreddit"]), library
-        ):
-            assert_literal(row, tokenizer, library, full_length(head, library) - cut)
+    with_newlines = [row for row in posts if "\n" in row["post"]]
+    for row in rng.sample(with_newlines, 30):
+        first_line = row["post"][: row["post"].index("\n")]
+        limit = full_length({**row, "post": first_line}, library) - rng.randint(1, 25)
+        if limit >= full_length({**row, "post": ""}, library):
+            assert_literal(row, tokenizer, library, limit)
 
 
 def test_format_query_handles_a_paragraph_of_5000_characters(tokenizer, library, posts):
     text = one_paragraph(" ".join(row["post"] for row in posts[:40]))[:5000]
-    assert "\n" not in text and len(text) == 5000
+    assert "\n" not in text
+    assert len(text) == 5000
     assert_literal(reddit(text), tokenizer, library, 512)
 
 
@@ -312,8 +318,10 @@ HARD_POSTS = {
 @pytest.mark.parametrize("kind", HARD_POSTS)
 def test_format_query_matches_literal_loop_on_hard_posts(kind, tokenizer, library):
     row = reddit(HARD_POSTS[kind])
-    shortest, longest = full_length(reddit(""), library), full_length(row, library)
-    for max_tokens in sorted({shortest, shortest + 1, longest - 1, longest, *range(shortest, longest, 7)}):
+    shortest = full_length(reddit(""), library)
+    longest = full_length(row, library)
+    limits = {shortest, shortest + 1, longest - 1, longest, *range(shortest, longest, 7)}
+    for max_tokens in sorted(limits):
         if max_tokens >= shortest:
             assert_literal(row, tokenizer, library, max_tokens)
 
@@ -351,7 +359,8 @@ def test_query_ends_with_the_prompt_for_a_summary(tokenizer, posts):
     assert tokenizer.encode("TL;DR:") == ends
     for post in [posts[0]["post"], "word " * 3000, "", "a\n" * 2000, " " * 3000, "TL;DR: no"]:
         ids = format_query(reddit(post), tokenizer)
-        assert ids[-4:] == ends and len(ids) <= 512
+        assert ids[-4:] == ends
+        assert len(ids) <= 512
     assert format_query({"article": "word " * 3000}, tokenizer, 1919)[-5:] == [*ends, 187]  # and a newline
 
 

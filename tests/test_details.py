@@ -6,6 +6,8 @@ loops, or numbers worked by hand. "fails if" names undoings of the detail that w
 
 The models are those of the `pipeline` fixture with their matrices eight times as large (`enlarge`): attention is then
 far from uniform, so that a wrong position or token shows, and both kinds of response come, with EOS and without.
+
+What a run of PPO computes in its middle comes out of the door `advantages` of ppo.main (`rollouts_of`).
 """
 
 import functools
@@ -29,15 +31,18 @@ from transformers import GPTNeoXForCausalLM, GPTNeoXModel
 import dpo
 import ppo
 import rm
-import runtime
 import sample
 import sft
 from configurator import UserError, configure
-from data import Tokenizer, batch_rows, last_scalars, load_rows
+from data import batch_indices, last_scalars, load_rows
+from distributed.optimizer import learning_rate
+from hub.tokenizer import Tokenizer
 from model import GPTNeoX, GPTNeoXConfig, ScalarModel
+from runtime import World
 
 SIZES = ("1b", "2.8b", "6.9b")
-TEMPERATURE, EOS = 0.7, 0
+TEMPERATURE = 0.7
+EOS = 0
 
 # A log-probability, value or reward by a float32 forward pass of these models, against float64. A float32 rounding is
 # u = 6e-8; a sum of n <= 128 products errs by sqrt(128) u = 7e-7 of its size; eight such sums lie on the way through
@@ -61,10 +66,11 @@ def tiny(pipeline, stage, name, **changes):
     places = ("model", "reward_model", "data", "normalize_data", "device", "dtype", "out_dir")
     there = pipeline.config(stage, f"detail_{name}")
     values = {key: getattr(there, key) for key in places if hasattr(there, key)}
-    values |= dict(model=str(pipeline.sft), batch_size=8, micro_batch_size=3)
+    values.update(model=str(pipeline.sft), batch_size=8, micro_batch_size=3)
     if stage is ppo:
-        values |= dict(response_length=10, rollout_micro_batch_size=7, episodes=changes.get("batch_size", 8))
-    return paper(stage, **{**values, **changes})
+        values.update(response_length=10, rollout_micro_batch_size=7, episodes=changes.get("batch_size", 8))
+    values.update(changes)
+    return paper(stage, **values)
 
 
 def main(stage, cfg, **options):
@@ -74,16 +80,15 @@ def main(stage, cfg, **options):
 
 
 def rollouts_of(cfg, **options):
-    """Run PPO; returns its metrics and, for each update, the tensors of its batch once it is prepared."""
-    batches, prepare = [], ppo.prepare
+    """Run PPO; returns its metrics and, for each update, the tensors of its batch, advantages among them."""
+    batches = []
 
-    def spy(*args, **kwargs):
-        batches.append(prepare(*args, **kwargs))
-        return batches[-1]
+    def keep_batch(cfg, batch, state):
+        batch = ppo.advantages(cfg, batch, state)
+        batches.append(batch)
+        return batch
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "prepare", spy)
-        return main(ppo, cfg, **options), batches
+    return main(ppo, cfg, advantages=keep_batch, **options), batches
 
 
 def read_jsonl(path):
@@ -149,7 +154,8 @@ def hub_logprobs(directory, query, response, temperature=1.0, n_vocab=None):
 def hub_scalars(directory, ids, **options):
     """The scalar at each token of a row: transformers' body (its last state is behind the final norm), and the head."""
     body, weight, bias = hub_body(directory)
-    return (body(torch.tensor([ids]), **options).last_hidden_state[0] @ weight + bias).numpy()
+    states = body(torch.tensor([ids]), **options).last_hidden_state[0]
+    return (states @ weight + bias).numpy()
 
 
 def hub_rewards(directory, row):
@@ -160,8 +166,9 @@ def hub_rewards(directory, row):
 def left_padded(rows):
     """ids and attention mask (B, T) of rows padded on the left, as the paper's PPO feeds its queries."""
     width = max(map(len, rows))
-    ids = torch.tensor([[EOS] * (width - len(row)) + row for row in rows])
-    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids = [[EOS] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
 
 
 def reference_step(responses, logprobs, ref_logprobs, values, scores, whiten_rewards=False):
@@ -170,24 +177,37 @@ def reference_step(responses, logprobs, ref_logprobs, values, scores, whiten_rew
     What stands behind EOS is set to constants before anything is computed, as there: both log-probabilities to 1,
     values to 0 from the second column behind it. Returns kl, rewards, values, advantages (raw and whitened), returns.
     """
-    B, T = responses.shape
-    logprobs, ref_logprobs, values = (np.array(x, np.float64) for x in (logprobs, ref_logprobs, values))
-    is_action, is_state, rewards, advantages = (np.zeros((B, T), kind) for kind in (bool, bool, float, float))
-    for b in range(B):
-        ends = [j for j in range(T) if responses[b, j] == EOS]
-        end = ends[0] if ends else T - 1
-        is_action[b, : end + 1], is_state[b, : end + 2] = True, True
-        logprobs[b, end + 1 :], ref_logprobs[b, end + 1 :], values[b, end + 2 :] = 1.0, 1.0, 0.0
-        rewards[b] = -0.05 * (logprobs[b] - ref_logprobs[b])
-        rewards[b, end + 1 if end + 1 < T else end] += scores[b] if ends else -1.0
+    B, R = responses.shape
+    logprobs = np.array(logprobs, np.float64)
+    ref_logprobs = np.array(ref_logprobs, np.float64)
+    values = np.array(values, np.float64)
+    is_action = np.zeros((B, R), bool)
+    is_state = np.zeros((B, R), bool)
+    rewards = np.zeros((B, R))
+    for row in range(B):
+        response = responses[row].tolist()
+        has_eos = EOS in response
+        end = response.index(EOS) if has_eos else R - 1
+        is_action[row, : end + 1] = True
+        is_state[row, : end + 2] = True
+        logprobs[row, end + 1 :] = 1.0
+        ref_logprobs[row, end + 1 :] = 1.0
+        values[row, end + 2 :] = 0.0
+        rewards[row] = -0.05 * (logprobs[row] - ref_logprobs[row])
+        rewards[row, min(end + 1, R - 1)] += scores[row] if has_eos else -1.0
+
     if whiten_rewards:
         kept = rewards[is_state]
         rewards = (rewards - kept.mean()) / np.sqrt(kept.var() + 1e-8) + kept.mean()
         rewards[~is_state] = 0.0
-    for b in range(B):
-        for j in range(T):  # the sum of arXiv:1506.02438 eq. 16, gamma 1
-            deltas = [rewards[b, k] + (values[b, k + 1] if k + 1 < T else 0.0) - values[b, k] for k in range(j, T)]
-            advantages[b, j] = sum(0.95**k * delta for k, delta in enumerate(deltas))
+
+    # The sum of arXiv:1506.02438 eq. 16, gamma 1, with a value of 0 after the last token.
+    next_values = np.concatenate([values[:, 1:], np.zeros((B, 1))], 1)
+    deltas = rewards + next_values - values
+    advantages = np.zeros((B, R))
+    for row in range(B):
+        for column in range(R):
+            advantages[row, column] = sum(0.95**ahead * delta for ahead, delta in enumerate(deltas[row, column:]))
     kept = advantages[is_action]
     whitened = np.where(is_action, (advantages - kept.mean()) / np.sqrt(kept.var() + 1e-8), 0.0)
     return SimpleNamespace(
@@ -204,12 +224,17 @@ class AdamW:
     """One parameter's AdamW in float64, by its paper's formulas (arXiv:1711.05101), with the numbers of detail 20."""
 
     def __init__(self):
-        self.m, self.v, self.t = 0.0, 0.0, 0
+        self.mean = 0.0
+        self.squares = 0.0
+        self.n_steps = 0
 
-    def step(self, p, g, lr):
-        self.m, self.v, self.t = 0.9 * self.m + 0.1 * g, 0.999 * self.v + 0.001 * g * g, self.t + 1
-        moved = (self.m / (1 - 0.9**self.t)) / ((self.v / (1 - 0.999**self.t)) ** 0.5 + 1e-5)
-        return p - lr * moved - lr * 0.01 * p
+    def step(self, weight, gradient, lr):
+        self.n_steps += 1
+        self.mean = 0.9 * self.mean + 0.1 * gradient
+        self.squares = 0.999 * self.squares + 0.001 * gradient * gradient
+        mean = self.mean / (1 - 0.9**self.n_steps)
+        squares = self.squares / (1 - 0.999**self.n_steps)
+        return weight - lr * mean / (squares**0.5 + 1e-5) - lr * 0.01 * weight
 
 
 # ---- what the tests share
@@ -244,6 +269,7 @@ def policy(pipeline):
 @pytest.fixture(scope="module")
 def other(pipeline, policy):
     """A reference that is not the policy, so that there is a KL from the first update on."""
+
     def flatter(name, tensor):
         return tensor * 0.8 if "embed_out" in name else tensor
 
@@ -253,7 +279,8 @@ def other(pipeline, policy):
 @pytest.fixture(scope="module")
 def pairs(pipeline):
     """40 comparisons to train on, the same and 15 more to evaluate on: a path with {split}, the latter's raw rows."""
-    train, more = (read_jsonl(f"{pipeline.data}/comparisons_{split}.jsonl") for split in ("train", "validation"))
+    train = read_jsonl(f"{pipeline.data}/comparisons_train.jsonl")
+    more = read_jsonl(f"{pipeline.data}/comparisons_validation.jsonl")
     directory = pipeline.directory / "detail_pairs"
     write_jsonl(directory / "train.jsonl", train)
     write_jsonl(directory / "validation.jsonl", more + train)
@@ -303,7 +330,9 @@ def run_ppo(pipeline, policy, other, reward, toy, posts):
     cfg = tiny(pipeline, ppo, "ppo", model=str(policy), reference=str(other), reward_model=str(final(reward)),
                batch_size=24, micro_batch_size=5, episodes=48, lr=1e-3)  # fmt: skip
     rows, batches = rollouts_of(cfg)
-    queries = [[posts[i]["query"] for i in batch_rows(len(posts), 24, step, cfg.seed)] for step in (0, 1)]
+    queries = []
+    for step in (0, 1):
+        queries.append([posts[index]["query"] for index in batch_indices(len(posts), 24, step, cfg.seed)])
     oracle = hub_rollout(policy, other, final(reward), queries[0], batches[0]["responses"].numpy(), toy.n_vocab)
     return SimpleNamespace(cfg=cfg, metrics=rows, batches=batches, queries=queries, oracle=oracle)
 
@@ -333,20 +362,27 @@ def sampled(pipeline, policy, reward):
 
 # ---------------------------------------------------------------------------- details 1 to 6: data
 
-POST = {"id": "t3_1", "subreddit": "tifu", "title": "TIFU by naps", "post": "I slept.\n\nToo long."}
-POST |= {"summary": "slept late"}
+POST = {
+    "id": "t3_1", "subreddit": "tifu", "title": "TIFU by naps", "post": "I slept.\n\nToo long.",
+    "summary": "slept late",
+}  # fmt: skip
 QUERY = "SUBREDDIT: r/tifu\n\nTITLE: TIFU by naps\n\nPOST: I slept.\n\nToo long.\n\nTL;DR:"
 ARTICLE = "A cat sat down.\nThen it rose."
 
 
 def comparison(choice=0, confidence=3, texts=(" slept in", " overslept"), article=None):
     """A row with the columns of the released comparisons, and those that the reference script added to them."""
-    info = {key: POST[key] for key in ("id", "subreddit", "title", "post")} | {"site": None, "article": None}
+    info = dict.fromkeys(["id", "subreddit", "title", "post", "site", "article"])
     if article:
-        info = dict.fromkeys(info) | {"id": "x", "site": "cnn", "article": article}
-    policies = ["sup4_ppo_rm3_kl10", "ref"]
+        info.update(id="x", site="cnn", article=article)
+    else:
+        info.update({key: POST[key] for key in ("id", "subreddit", "title", "post")})
+    summaries = [
+        {"text": texts[0], "policy": "sup4_ppo_rm3_kl10", "note": None},
+        {"text": texts[1], "policy": "ref", "note": None},
+    ]
     return {
-        "info": info, "summaries": [{"text": t, "policy": p, "note": None} for t, p in zip(texts, policies)],
+        "info": info, "summaries": summaries,
         "choice": choice, "worker": "w1", "batch": "batch7", "split": "train", "extra": {"confidence": confidence},
         "query": "not to be read", "query_token": [1, 2], "chosen": "nor this", "chosen_token": [3],
         "rejected": "nor that", "rejected_token": [4], "chosen_policy": "ref", "rejected_policy": "ref",
@@ -356,8 +392,9 @@ def comparison(choice=0, confidence=3, texts=(" slept in", " overslept"), articl
 def test_detail_01_1_columns(library, real, tmp_path):
     """Detail 1: posts of five columns and comparisons of info, summaries and choice, each also as preprocessed there.
 
-    fails if: data.py:parse_row reads the added columns (`"chosen" in row` before `"summaries" in row`), or takes
-    `1 - choice` for the chosen text; data.py:load_rows refuses columns that it does not know.
+    fails if: hub/rows.py:SCHEMAS names "chosen" before "summaries", so that the added columns are read;
+    hub/rows.py:from_comparison takes `1 - choice` for the chosen text; data.py:load_rows refuses columns that it does
+    not know.
     """
     extra = {"query_token": [1], "query": "not to be read", "reference_response": "nor this"}
     write_jsonl(tmp_path / "sft_train.jsonl", [POST, {**POST, "summary": "napped"}])
@@ -370,7 +407,8 @@ def test_detail_01_1_columns(library, real, tmp_path):
         assert rows["query"] == [query] * len(summaries)
         assert rows["responses"] == [[library(" " + text) + [EOS]] for text in summaries]
     rows = load_rows(str(tmp_path / "pairs_{split}.jsonl"), "validation_cnndm", real, 2)
-    first, second = ([*library(text), EOS] for text in (" slept in", " overslept"))
+    first = [*library(" slept in"), EOS]
+    second = [*library(" overslept"), EOS]
     assert rows["responses"] == [[first, second], [second, first], [second, first]]
     assert rows["query"] == [query, query, library(f"Article:\n{ARTICLE}\n\nTL;DR:\n")]
     assert rows["batch"] == ["batch7"] * 3
@@ -394,7 +432,7 @@ def post_losses(posts, policy):
 def test_detail_01_2_each_row_once(frozen_sft, frozen_rows, post_losses):
     """Detail 1: 116,722 posts and 92,858 pairs, each split seen once, a last partial batch left out.
 
-    fails if: runtime.py:start rounds up; data.py:batch_rows draws with replacement; config/rm_2.8b.py sets
+    fails if: runtime.py:start rounds up; data.py:batch_indices draws with replacement; config/rm_2.8b.py sets
     episodes.
     """
     for stage, rows, updates in ((sft, 116_722, 911), (rm, 92_858, 1450), (dpo, 92_858, 1450)):
@@ -405,7 +443,7 @@ def test_detail_01_2_each_row_once(frozen_sft, frozen_rows, post_losses):
     losses = [row["loss/sft"] for row in frozen_sft[1] if "loss/sft" in row]
     assert len(losses) == 60 // 8 and len(frozen_rows) == 40 // 8
     # 56 rows of different losses, none twice: the mean of all is that of 60 without four of them
-    seen = np.concatenate([batch_rows(60, 8, step, frozen_sft[0].seed) for step in range(7)])
+    seen = np.concatenate([batch_indices(60, 8, step, frozen_sft[0].seed) for step in range(7)])
     assert len(set(seen)) == 56
     close(losses, post_losses[seen].reshape(7, 8).mean(1), FORWARD)
 
@@ -415,13 +453,15 @@ def test_detail_02_1_query_format(library, real, tldr_sample, tmp_path):
 
     fails if: data.py:format_query writes "POST:\\n", drops "r/", or ends an article's query without its newline.
     """
-    path, raw = str(tldr_sample / "sft_{split}.jsonl"), read_jsonl(tldr_sample / "sft_validation.jsonl")
-    rows, whole = load_rows(path, "validation", real, 1), 0
+    raw = read_jsonl(tldr_sample / "sft_validation.jsonl")
+    rows = load_rows(str(tldr_sample / "sft_{split}.jsonl"), "validation", real, 1)
+    whole = 0
     for row, post in zip(rows, raw, strict=True):
         text = f"SUBREDDIT: r/{post['subreddit']}\n\nTITLE: {post['title']}\n\nPOST: {post['post']}\n\nTL;DR:"
         ids = library(text)
-        whole += len(ids) <= 512
-        assert len(ids) > 512 or row["query"] == ids
+        if len(ids) <= 512:
+            whole += 1
+            assert row["query"] == ids
     assert whole > 150
     write_jsonl(tmp_path / "pairs_cnndm.jsonl", [comparison(article=ARTICLE)])
     (query,) = load_rows(str(tmp_path / "pairs_{split}.jsonl"), "cnndm", real, 2)["query"]
@@ -467,10 +507,11 @@ def test_detail_02_2_truncation(library, real, tldr_sample, tmp_path):
 def test_detail_02_3_no_trailing_space(library, real, tldr_sample):
     """Detail 2.3: nothing follows "TL;DR:"; the space is the response's, and the seam splits no token.
 
-    fails if: data.py:format_query ends with "TL;DR: "; data.py:parse_row leaves out the summary's space.
+    fails if: data.py:format_query ends with "TL;DR: "; hub/rows.py:from_post leaves out the summary's space.
     """
     raw = read_jsonl(tldr_sample / "sft_validation.jsonl")
-    for row, post in zip(load_rows(str(tldr_sample / "sft_{split}.jsonl"), "validation", real, 1), raw, strict=True):
+    rows = load_rows(str(tldr_sample / "sft_{split}.jsonl"), "validation", real, 1)
+    for row, post in zip(rows, raw, strict=True):
         assert row["query"][-4:] == [14135, 28, 4976, 27]  # "TL", ";", "DR", ":"
         joint = library(real.decode(row["query"]) + " " + post["summary"])
         assert row["query"] + row["responses"][0] == [*joint, EOS]
@@ -479,18 +520,26 @@ def test_detail_02_3_no_trailing_space(library, real, tldr_sample):
 def test_detail_03_1_completion(library, real, tldr_sample):
     """Detail 3: a summary gets one leading space and EOS; a comparison's text has its space and gets EOS alone.
 
-    fails if: data.py:parse_row adds no EOS, a second space to comparisons, or no space to summaries;
-    data.py:Tokenizer.pad_id is the EOS.
+    fails if: data.py:parse_row adds no EOS; hub/rows.py:from_comparison adds a second space; hub/rows.py:from_post adds
+    none; hub/tokenizer.py:Tokenizer.pad_id is the EOS.
     """
-    for kind, n in (("sft", 1), ("comparisons", 2)):
+    for kind, n_responses in (("sft", 1), ("comparisons", 2)):
         raw = read_jsonl(tldr_sample / f"{kind}_validation.jsonl")
-        rows = load_rows(str(tldr_sample / f"{kind}_{{split}}.jsonl"), "validation", real, n)
+        rows = load_rows(str(tldr_sample / f"{kind}_{{split}}.jsonl"), "validation", real, n_responses)
         for row, source in zip(rows, raw, strict=True):
-            texts = [" " + source["summary"]] if n == 1 else [summary["text"] for summary in source["summaries"]]
-            texts = texts if not source.get("choice") else texts[::-1]
+            texts = texts_of(source)
+            if source.get("choice"):
+                texts = texts[::-1]
             assert all(text[0] == " " != text[1] for text in texts)
             assert row["responses"] == [[*library(text), EOS] for text in texts]
     assert real.pad_id != real.eos_id == EOS == library_id(real, "<|endoftext|>")
+
+
+def texts_of(source):
+    """The texts of a post's or comparison's raw row, with the space before a reference."""
+    if "summary" in source:
+        return [" " + source["summary"]]
+    return [summary["text"] for summary in source["summaries"]]
 
 
 def library_id(tokenizer, token):
@@ -503,15 +552,18 @@ def test_detail_03_2_eos_is_learned(pipeline, posts, policy):
     fails if: sft.py:model_inputs leaves out the last token, or sft.py:update drops targets equal to EOS from its mask.
     """
     cfg = tiny(pipeline, sft, "eos", model=str(policy), loss_on="response", lr=1e-2, episodes=40, eval_split="")
-    first, rows = main(sft, cfg)[0]["loss/sft"], [posts[i] for i in batch_rows(len(posts), 8, 0, cfg.seed)]
+    first_loss = main(sft, cfg)[0]["loss/sft"]
+    rows = [posts[index] for index in batch_indices(len(posts), 8, 0, cfg.seed)]
     nll = [-hub_logprobs(policy, row["query"], row["responses"][0]) for row in rows]
-    assert abs(np.mean([x.mean() for x in nll]) - np.mean([x[:-1].mean() for x in nll])) > 100 * FORWARD
-    assert first == pytest.approx(np.mean([x.mean() for x in nll]), abs=FORWARD)
-    before, after = (
-        np.mean([hub_logprobs(model, row["query"], row["responses"][0])[-1] for row in posts[:20]])
-        for model in (policy, final(cfg))
-    )
-    assert after > before + 0.5  # nats, of EOS behind a reference
+    with_eos = np.mean([losses.mean() for losses in nll])
+    without_eos = np.mean([losses[:-1].mean() for losses in nll])
+    assert abs(with_eos - without_eos) > 100 * FORWARD
+    assert first_loss == pytest.approx(with_eos, abs=FORWARD)
+
+    def logprob_of_eos(model):
+        return np.mean([hub_logprobs(model, row["query"], row["responses"][0])[-1] for row in posts[:20]])
+
+    assert logprob_of_eos(final(cfg)) > logprob_of_eos(policy) + 0.5  # nats, behind a reference
 
 
 def test_detail_04_1_token_lengths(library, real, tldr_sample):
@@ -524,11 +576,10 @@ def test_detail_04_1_token_lengths(library, real, tldr_sample):
         assert {paper(stage, size).max_length for size in SIZES} == {tokens}
         assert {paper(stage, size).max_query_tokens for size in SIZES} == {512}
     assert {paper(ppo, size).response_length for size in SIZES} == {sample.Config().response_length} == {53}
-    for kind, n, longest, limit in (("sft", 1, 53, 562), ("comparisons", 2, 169, 638)):
+    for kind, n_responses, longest, limit in (("sft", 1, 53, 562), ("comparisons", 2, 169, 638)):
         raw = read_jsonl(tldr_sample / f"{kind}_train.jsonl")
-        rows = load_rows(str(tldr_sample / f"{kind}_{{split}}.jsonl"), "train", real, n, max_length=limit)
-        texts = [[" " + r["summary"]] if n == 1 else [s["text"] for s in r["summaries"]] for r in raw]
-        counts = [[len(library(text)) + 1 for text in row] for row in texts]
+        rows = load_rows(str(tldr_sample / f"{kind}_{{split}}.jsonl"), "train", real, n_responses, max_length=limit)
+        counts = [[len(library(text)) + 1 for text in texts_of(source)] for source in raw]
         assert [sorted(map(len, row)) for row in rows["responses"]] == [sorted(row) for row in counts]
         assert 48 < max(map(max, counts)) <= longest  # the sample's longest needs more than GPT-2's 48
         assert rows["length"] == [len(query) + max(row) for query, row in zip(rows["query"], counts)]
@@ -540,8 +591,9 @@ def test_detail_04_2_too_long_is_an_error(library, real, tmp_path):
     fails if: data.py:load_rows compares with `>=`, leaves long rows out, or cuts
     responses to what max_length leaves.
     """
-    summary, post = " and so" * 26, "word " * 700
-    path = write_jsonl(tmp_path / "edge_train.jsonl", [POST, {**POST, "post": post, "summary": summary.strip()}])
+    summary = " and so" * 26
+    long_row = {**POST, "post": "word " * 700, "summary": summary.strip()}
+    path = write_jsonl(tmp_path / "edge_train.jsonl", [POST, long_row])
     with pytest.raises(UserError, match=r"row 1 has \d+ tokens, more than max_length 562"):
         load_rows(str(path), "train", real, 1, max_length=paper(sft).max_length)
     row = load_rows(str(path), "train", real, 1)[1]
@@ -564,13 +616,16 @@ def test_detail_05_1_padding_is_not_seen(sampled, reward, posts):
 def test_detail_05_2_generation_equals_left_padding(run_ppo, policy, toy):
     """Detail 5: the paper pads queries on the left for generation; here on the right, which gives the same numbers.
 
-    fails if: model.py:Body.forward counts the pad columns in a decoded token's position; model.py:KVCache lets
-    decoded tokens see them.
+    fails if: generation.py:KVCache.begin_decode counts the pad columns in a decoded token's position;
+    generation.py:KVCache lets decoded tokens see them.
     """
-    batch, (ids, attention) = run_ppo.batches[0], left_padded(run_ppo.queries[0])
-    responses, width = batch["responses"], ids.shape[1]
+    batch = run_ppo.batches[0]
+    responses = batch["responses"]
+    ids, attention = left_padded(run_ppo.queries[0])
+    width = ids.shape[1]
     assert (attention.sum(1) < width - 5).any()
-    ids, attention = torch.cat((ids, responses), 1), torch.cat((attention, torch.ones_like(responses)), 1)
+    ids = torch.cat((ids, responses), 1)
+    attention = torch.cat((attention, torch.ones_like(responses)), 1)
     with torch.no_grad():
         logits = hub_model(policy)(ids, attention_mask=attention).logits[:, width - 1 : -1, : toy.n_vocab]
     logprobs = (logits / TEMPERATURE).log_softmax(-1).gather(-1, responses[..., None])[..., 0]
@@ -582,7 +637,8 @@ def test_detail_05_2_generation_equals_left_padding(run_ppo, policy, toy):
 def test_detail_05_3_pad_id(real):
     """Detail 5: [PAD] is an added token of its own, 50277, behind all that the tokenizer knows.
 
-    fails if: data.py:Tokenizer.pad_id is n_vocab + 1 or 1 (<|padding|>), or n_vocab leaves out the runs of spaces.
+    fails if: hub/tokenizer.py:Tokenizer.pad_id is n_vocab + 1 or 1 (<|padding|>), or n_vocab leaves out the runs of
+    spaces.
     """
     ids = tokenizers.Tokenizer.from_file(str(real.path)).get_vocab(with_added_tokens=True).values()
     assert real.pad_id == real.n_vocab == max(ids) + 1 == 50277
@@ -591,25 +647,26 @@ def test_detail_05_3_pad_id(real):
 def test_detail_05_4_padding_ids_are_never_sampled(pipeline, policy, reward, posts, toy):
     """Detail 5: ids from [PAD] on have untrained logits; a sampled one would be read as padding. None is, nor counted.
 
-    fails if: runtime.py:generate_rows samples from the whole vocabulary; ppo.py:forward takes log-probabilities
-    over it.
+    fails if: distributed/sharding.py:generate_rows samples from the whole vocabulary; ppo.py:rollout takes
+    log-probabilities over it.
     """
 
-    def loud(name, tensor):  # logits of the padding rows with a standard deviation of about 30
+    def loud(name, tensor):
+        """Logits of the padding rows get a standard deviation of about 30."""
         if "embed_out" in name:
-            tensor = tensor.clone()
-            tensor[toy.n_vocab :] = 5 * torch.randn(len(tensor) - toy.n_vocab, tensor.shape[1],
-                                                    generator=torch.Generator().manual_seed(0))  # fmt: skip
+            noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+            tensor = torch.cat((tensor[: toy.n_vocab], 5 * noise[toy.n_vocab :]))
         return tensor
 
     model = copy_model(policy, "loud", loud)
     cfg = tiny(pipeline, ppo, "pads", model=str(model), reward_model=str(final(reward)), n_epochs=1)
-    _, (batch,) = rollouts_of(cfg)
-    queries = [posts[i]["query"] for i in batch_rows(len(posts), 8, 0, cfg.seed)]
-    for query, response, mask, row in zip(queries, batch["responses"].tolist(), batch["mask"], range(8)):
+    _, [batch] = rollouts_of(cfg)
+    for row, index in enumerate(batch_indices(len(posts), 8, 0, cfg.seed)):
+        response = batch["responses"][row].tolist()
+        mask = batch["mask"][row]
         assert max(response) < toy.n_vocab < hub_model(model).config.vocab_size
+        expected = hub_logprobs(model, posts[index]["query"], response, TEMPERATURE, toy.n_vocab)
         for name in ("logprobs", "ref_logprobs"):
-            expected = hub_logprobs(model, query, response, TEMPERATURE, toy.n_vocab)
             close(batch[name][row][mask], expected[mask.numpy()], FORWARD)
 
 
@@ -619,8 +676,11 @@ def test_detail_06_confidence(pipeline, policy, pairs, margins, reward):
     fails if: evals/tables.py:accuracy_table groups by the confidence itself; data.py:parse_row lets a confidence above
     5 swap the responses, or reads confidence from the row and not from `extra`.
     """
-    strengths = np.array([abs(row["extra"]["confidence"] - 5) for row in pairs.raw])
-    expected = {s: (np.mean(margins[strengths == s] > 0), np.sum(strengths == s)) for s in sorted(set(strengths))}
+    confidences = np.array([row["extra"]["confidence"] for row in pairs.raw])
+    expected = {}
+    for strength in set(abs(confidences - 5)):
+        won = margins[abs(confidences - 5) == strength] > 0
+        expected[strength] = (np.mean(won), len(won))
     mirrored = [{**row, "extra": {"confidence": 10 - row["extra"]["confidence"]}} for row in pairs.raw]
     directory = pipeline.directory / "detail_mirrored"
     write_jsonl(directory / "train.jsonl", read_jsonl(pairs.path.replace("{split}", "train")))
@@ -644,7 +704,8 @@ def test_detail_07_dropout_is_off(pipeline, policy, reward, post_losses):
     wet = dict(hidden_dropout=0.1, attention_dropout=0.1)
     model = copy_model(policy, "wet", **wet)
     head = copy_model(final(reward), "wet_rm", **wet)
-    hub, ids = GPTNeoXForCausalLM.from_pretrained(model).train(), torch.arange(20)[None]
+    hub = GPTNeoXForCausalLM.from_pretrained(model).train()
+    ids = torch.arange(20)[None]
     assert not torch.equal(hub(ids).logits, hub(ids).logits)  # this is what the files ask for
     cfg = tiny(pipeline, ppo, "wet", model=str(model), reward_model=str(head), episodes=16, lr=1e-3)
     rows = main(ppo, cfg)
@@ -652,21 +713,22 @@ def test_detail_07_dropout_is_off(pipeline, policy, reward, post_losses):
     for row in rows:  # the same weights, in micro-batches of another size
         assert row["val/ratio"] == pytest.approx(1, abs=FORWARD)
     cfg = tiny(pipeline, sft, "wet_sft", model=str(model), episodes=8, eval_split="")
-    batch = batch_rows(len(post_losses), 8, 0, cfg.seed)
+    batch = batch_indices(len(post_losses), 8, 0, cfg.seed)
     assert main(sft, cfg)[0]["loss/sft"] == pytest.approx(post_losses[batch].mean(), abs=FORWARD)
 
 
 def test_detail_08_1_bfloat16_compute_float32_weights(pipeline, policy, frozen_sft):
     """Detail 8: bfloat16 mixed precision: forward and backward passes in bfloat16, weights in float32.
 
-    fails if: runtime.py:load_model makes the masters in run.dtype; runtime.py:Run computes in float32 whatever
-    cfg.dtype; runtime.py:shard sets no param_dtype.
+    fails if: distributed/sharding.py:load_model makes the masters in world.dtype; distributed/processes.py:World
+    computes in float32 whatever cfg.dtype; distributed/sharding.py:shard sets no param_dtype.
     """
     cfg = tiny(pipeline, sft, "bf16", model=str(policy), dtype="bfloat16", lr=1e-6, episodes=8, eval_split="")
-    (row,) = main(sft, cfg)
+    [row] = main(sft, cfg)
     # bfloat16 rounds by 2^-9: some 20 roundings on the way to logits of size 4 make sqrt(20) 2^-9 4 = 0.03
     assert 10 * FORWARD < abs(row["loss/sft"] - frozen_sft[1][0]["loss/sft"]) < 0.03
-    old, new = weights(policy), weights(final(cfg))
+    old = weights(policy)
+    new = weights(final(cfg))
     assert {tensor.dtype for tensor in new.values()} == {torch.float32}
     # a step of 1e-6 is lost in a bfloat16 weight near 1, where neighbours are 2^-8 apart; float32's are 6e-8
     name = "gpt_neox.final_layer_norm.weight"
@@ -677,28 +739,30 @@ def test_detail_08_1_bfloat16_compute_float32_weights(pipeline, policy, frozen_s
 def test_detail_08_2_no_gradient_clipping(pipeline, policy, posts):
     """Detail 8: DeepSpeed's default clips no gradient; one step is plain AdamW's, with eps 1e-5.
 
-    fails if: runtime.py:optimizer_step clips to norm 1; runtime.py:TrainConfig has max_grad_norm 1.0, adam_eps 1e-8 or
-    weight_decay 0.
+    fails if: distributed/optimizer.py:optimizer_step clips to norm 1; runtime.py:TrainConfig has max_grad_norm 1.0,
+    adam_eps 1e-8 or weight_decay 0.
     """
     for stage, size in itertools.product((sft, rm, ppo, dpo), SIZES):
         assert paper(stage, size).max_grad_norm == 0
     sharp = copy_model(policy, "sharp", lambda name, tensor: tensor * 10 if "embed_out" in name else tensor)
     cfg = tiny(pipeline, sft, "adam", model=str(sharp), lr=1e-3, episodes=8, eval_split="")
-    (row,) = main(sft, cfg)
-    hub, losses = GPTNeoXForCausalLM.from_pretrained(sharp).double(), []
-    for i in batch_rows(len(posts), 8, 0, cfg.seed):
-        ids = torch.tensor([posts[i]["query"] + posts[i]["responses"][0]])
-        losses.append(torch.nn.functional.cross_entropy(hub(ids).logits[0, :-1], ids[0, 1:]))
-    (sum(losses) / 8).backward()
-    norm = sum((p.grad**2).sum() for p in hub.parameters()).sqrt().item()
+    [row] = main(sft, cfg)
+    hub = GPTNeoXForCausalLM.from_pretrained(sharp).double()
+    loss = 0.0
+    for index in batch_indices(len(posts), 8, 0, cfg.seed):
+        ids = torch.tensor([posts[index]["query"] + posts[index]["responses"][0]])
+        loss = loss + torch.nn.functional.cross_entropy(hub(ids).logits[0, :-1], ids[0, 1:]) / 8
+    loss.backward()
+    norm = sum((weight.grad**2).sum() for weight in hub.parameters()).sqrt().item()
     assert row["grad_norm"] == pytest.approx(norm, rel=1e-4) and norm > 2
     with torch.no_grad():
-        for p in hub.parameters():
-            p.copy_(AdamW().step(p, p.grad, cfg.lr))
+        for weight in hub.parameters():
+            weight.copy_(AdamW().step(weight, weight.grad, cfg.lr))
     check_steps(final(cfg), hub, sharp, cfg.lr, pipeline.directory / "detail_adam_hub")
     name = "gpt_neox.embed_in.weight"
     unseen = ~hub.get_input_embeddings().weight.grad.any(1)  # rows that weight decay alone moves
-    old, new = weights(sharp)[name][unseen], weights(final(cfg))[name][unseen]
+    old = weights(sharp)[name][unseen]
+    new = weights(final(cfg))[name][unseen]
     close(new.double() / old.double(), torch.full_like(old, 1 - cfg.lr * 0.01), 2**-23)
 
 
@@ -709,7 +773,9 @@ def check_steps(ours, hub, start, size, directory):
     some 1,000 tokens' parts, below 0.1 in all, so d < sqrt(1000) 6e-8 0.1 = 2e-7, and that is 2 % of a step.
     """
     hub.save_pretrained(directory)
-    old, new, expected = weights(start), weights(ours), weights(directory)
+    old = weights(start)
+    new = weights(ours)
+    expected = weights(directory)
     assert new.keys() == expected.keys()
     for name in new:
         close(new[name] - old[name], expected[name] - old[name], 0.02 * size)
@@ -743,25 +809,27 @@ def test_detail_09_2_sft_loss_is_on_query_and_response(frozen_sft, post_losses, 
     """
     cfg, rows = frozen_sft
     for step, row in enumerate(row for row in rows if "loss/sft" in row):
-        batch = batch_rows(len(posts), 8, step, cfg.seed)
+        batch = batch_indices(len(posts), 8, step, cfg.seed)
         assert row["loss/sft"] == pytest.approx(post_losses[batch].mean(), abs=FORWARD)
-        lengths = np.array([posts[i]["length"] - 1 for i in batch])
-        by_token = (post_losses[batch] * lengths).sum() / lengths.sum()
-        assert step or abs(by_token - post_losses[batch].mean()) > 10 * FORWARD
+        if step == 0:
+            lengths = np.array([posts[index]["length"] - 1 for index in batch])
+            by_token = (post_losses[batch] * lengths).sum() / lengths.sum()
+            assert abs(by_token - post_losses[batch].mean()) > 10 * FORWARD
 
 
 def test_detail_09_3_cosine_schedule(pipeline, policy):
     """Detail 9: the rate falls as half a cosine from 3e-6 at the first update to nearly 0 at the last.
 
-    fails if: runtime.py:learning_rate counts updates from 1, decays linearly, or warms up.
+    fails if: distributed/optimizer.py:learning_rate counts updates from 1, decays linearly, or warms up.
     """
-    rows = [row for row in main(sft, tiny(pipeline, sft, "cosine", model=str(policy), eval_split="")) if "lr" in row]
-    expected = [0.5 * (1 + math.cos(math.pi * k / 7)) * 3e-6 for k in range(7)]
-    np.testing.assert_allclose([row["lr"] for row in rows], expected, rtol=1e-12)  # float64 on both sides
+    rows = main(sft, tiny(pipeline, sft, "cosine", model=str(policy), eval_split=""))
+    rates = [row["lr"] for row in rows if "lr" in row]
+    expected = [0.5 * (1 + math.cos(math.pi * step / 7)) * 3e-6 for step in range(7)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-12)  # float64 on both sides
     cfg = paper(sft)
     # of 911 updates, and half of what is printed last
-    for k, printed, half in ((1, 2.99999108e-6, 5e-15), (455, 1.50258638e-6, 5e-15), (910, 8.919e-12, 5e-16)):
-        assert runtime.learning_rate(k, 911, cfg.lr, cfg.schedule) == pytest.approx(printed, abs=half)
+    for step, printed, half in ((1, 2.99999108e-6, 5e-15), (455, 1.50258638e-6, 5e-15), (910, 8.919e-12, 5e-16)):
+        assert learning_rate(step, 911, cfg.lr, cfg.schedule) == pytest.approx(printed, abs=half)
 
 
 # ---------------------------------------------------------------------------- details 10 to 19: reward model, DPO
@@ -784,17 +852,19 @@ def test_detail_10_1_rm_setup():
 def test_detail_10_2_rm_loss(frozen_rm, frozen_rows, policy, toy):
     """Detail 10: the SFT model with a scalar head; loss -log sigmoid(r_chosen - r_rejected), accuracy r_c > r_r.
 
-    fails if: rm.py:ranking_loss swaps chosen and rejected, or softens the target; runtime.py:load_model starts the
-    body anew; rm.py:update counts rejected > chosen, or divides by the micro-batch.
+    fails if: rm.py:ranking_loss swaps chosen and rejected, or softens the target; distributed/sharding.py:load_model
+    starts the body anew; rm.py:update counts rejected > chosen, or divides by the micro-batch.
     """
-    started, model = weights(policy), weights(final(frozen_rm))
-    assert model.keys() == started.keys() - {"embed_out.weight"} | {"score.weight", "score.bias"}
-    assert all(torch.equal(model[name], started[name]) for name in model if "score" not in name)
+    started = weights(policy)
+    model = weights(final(frozen_rm))
+    body = started.keys() - {"embed_out.weight"}
+    assert model.keys() - body == {"score.weight", "score.bias"}
+    assert all(torch.equal(model[name], started[name]) for name in body)
     rows = load_rows(frozen_rm.data, "train", toy, 2)
     for step, metrics_row in enumerate(frozen_rows):
-        batch = [rows[int(i)] for i in batch_rows(len(rows), 8, step, frozen_rm.seed)]
-        chosen, rejected = np.array([hub_rewards(final(frozen_rm), row) for row in batch]).T
-        difference = chosen - rejected
+        batch = [rows[int(index)] for index in batch_indices(len(rows), 8, step, frozen_rm.seed)]
+        rewards = np.array([hub_rewards(final(frozen_rm), row) for row in batch])
+        difference = rewards[:, 0] - rewards[:, 1]
         assert np.abs(difference).min() > FORWARD  # else rounding decides who wins
         assert metrics_row["loss/rm"] == pytest.approx(np.log1p(np.exp(-difference)).mean(), abs=FORWARD)
         assert metrics_row["train/accuracy"] == np.mean(difference > 0)
@@ -805,21 +875,23 @@ def test_detail_11_reward_head_initialisation(pipeline, toy):
     """Detail 11: the head's weights are N(0, 1 / (d + 1)), that is std 1 / sqrt(d + 1), and its bias is 0.
 
     fails if: model.py:init_weights gives the head the std 1 / (d + 1) or initializer_range, a uniform distribution,
-    or a bias of 1; runtime.py:load_model leaves a new head as torch.nn.Linear makes it.
+    or a bias of 1; distributed/sharding.py:load_model leaves a new head as torch.nn.Linear makes it.
     """
-    d, directory = 512, pipeline.directory / "detail_wide_model"
-    GPTNeoX(GPTNeoXConfig(896, d, 1, 8)).save_pretrained(directory)
+    width = 512
+    directory = pipeline.directory / "detail_wide_model"
+    GPTNeoX(GPTNeoXConfig(896, width, 1, 8)).save_pretrained(directory)
     shutil.copy(toy.path, directory / "tokenizer.json")
     cfg = tiny(pipeline, rm, "wide", model=str(directory), lr=0.0, episodes=8, normalize_data="", eval_split="")
     rm.main(cfg)
     tensors = weights(final(cfg))
     head = tensors["score.weight"].double().numpy().ravel()
-    assert len(head) == d and tensors["score.bias"].tolist() == [0.0]
-    assert 1 / math.sqrt(d + 1) == pytest.approx(0.0441511, abs=5e-8)
+    assert len(head) == width and tensors["score.bias"].tolist() == [0.0]
+    assert 1 / math.sqrt(width + 1) == pytest.approx(0.0441511, abs=5e-8)
     # four standard errors: of a mean s / sqrt(n), of a std s / sqrt(2 n), of a kurtosis sqrt(24 / n) about 3
-    assert abs(head.mean()) < 4 * 0.0441511 / math.sqrt(d)
-    assert abs(head.std() / 0.0441511 - 1) < 4 / math.sqrt(2 * d)
-    assert abs(np.mean(((head - head.mean()) / head.std()) ** 4) - 3) < 4 * math.sqrt(24 / d)  # a uniform one has 1.8
+    assert abs(head.mean()) < 4 * 0.0441511 / math.sqrt(width)
+    assert abs(head.std() / 0.0441511 - 1) < 4 / math.sqrt(2 * width)
+    kurtosis = np.mean(((head - head.mean()) / head.std()) ** 4)
+    assert abs(kurtosis - 3) < 4 * math.sqrt(24 / width)  # a uniform one has 1.8
 
 
 def test_detail_12_1_reward_is_read_at_eos(reward, posts):
@@ -828,13 +900,14 @@ def test_detail_12_1_reward_is_read_at_eos(reward, posts):
     fails if: data.py:last_scalars reads one token earlier, or at the first id 0 of the row; model.py:Body.forward
     returns the state before the final LayerNorm.
     """
-    queries, responses = zip(*((row["query"], row["responses"][0]) for row in posts[:12]))
-    queries = [queries[0][:5] + [EOS] + queries[0][5:], *queries[1:]]
+    queries = [list(row["query"]) for row in posts[:12]]
+    responses = [row["responses"][0] for row in posts[:12]]
+    queries[0].insert(5, EOS)
     with torch.no_grad():
         rewards = last_scalars([ScalarModel.from_pretrained(final(reward))], "cpu", queries, responses)
     scalars = [hub_scalars(final(reward), query + response) for query, response in zip(queries, responses)]
-    close(rewards, [x[-1] for x in scalars], FORWARD)
-    assert min(abs(x[-1] - x[-2]) for x in scalars) > 10 * FORWARD  # the token before would be seen
+    close(rewards, [row[-1] for row in scalars], FORWARD)
+    assert min(abs(row[-1] - row[-2]) for row in scalars) > 10 * FORWARD  # the token before would be seen
 
 
 def test_detail_12_2_ppo_scores_at_the_first_eos(run_ppo):
@@ -843,7 +916,8 @@ def test_detail_12_2_ppo_scores_at_the_first_eos(run_ppo):
     fails if: ppo.py:rollout scores whole responses, or responses without their EOS; ppo.py:find_eos takes the last
     EOS.
     """
-    batch, ended = run_ppo.batches[0], run_ppo.batches[0]["has_eos"].numpy()
+    batch = run_ppo.batches[0]
+    ended = batch["has_eos"].numpy()
     responses = batch["responses"].tolist()
     assert batch["last"].tolist() == [response.index(EOS) if EOS in response else 9 for response in responses]
     close(batch["scores"][ended], run_ppo.oracle.scores[ended], FORWARD)
@@ -853,10 +927,13 @@ def test_detail_12_2_ppo_scores_at_the_first_eos(run_ppo):
 def test_detail_13_rewards_off_eos_mean_nothing(reward, pairs, toy):
     """Detail 13: only EOS was trained; elsewhere rewards are mostly negative there. Both are reported, to be seen.
 
-    fails if: evals/tables.py:eos_rewards reads a token earlier (select without + 1), or counts EOS among the others, in
+    fails if: rm.py:eos_rewards reads a token earlier (select without + 1), or counts EOS among the others, in
     their mean or in their share of negative ones.
     """
-    report, at_eos, elsewhere, negative = read_report(reward), [], [], []
+    report = read_report(reward)
+    at_eos = []
+    elsewhere = []
+    negative = []
     for row in load_rows(pairs.path, "validation", toy, 2):
         *others, last = hub_scalars(final(reward), row["query"] + row["responses"][0])[len(row["query"]) :]
         assert others and np.abs(others).min() > FORWARD  # else rounding decides the sign
@@ -895,7 +972,8 @@ def test_detail_15_rewards_are_normalised_by_the_references(pipeline, reward, po
         assert (cfg.normalize_data, cfg.train_split) == (paper(sft, size).data, "train")
     twin = replace(reward, normalize_data="", eval_split="", out_dir=str(pipeline.directory / "detail_raw"))
     rm.main(twin)
-    raw, normal = weights(final(twin)), weights(final(reward))
+    raw = weights(final(twin))
+    normal = weights(final(reward))
     assert all(torch.equal(raw[name], normal[name]) for name in raw if name != "score.bias")
     rewards = np.array([hub_rewards(final(twin), row)[0] for row in posts])
     shift = (normal["score.bias"] - raw["score.bias"]).item()
@@ -914,13 +992,18 @@ def test_detail_16_accuracy_by_batch_and_policies(reward, pairs, margins):
     fails if: rm.py:main evaluates the training rows; evals/tables.py:accuracy_table counts chosen < rejected, or sorts
     a column; data.py:parse_row names policies in the order of the summaries.
     """
-    groups = {"all": ["all"] * len(margins), "batch": [f"batch {row['batch']}" for row in pairs.raw]}
-    groups["policies"] = ["policies " + " / ".join(sorted(s["policy"] for s in row["summaries"])) for row in pairs.raw]
-    table, expected = read_report(reward)["accuracy"], {}
+    groups = {"all": [], "batch": [], "policies": []}
+    for row in pairs.raw:
+        policies = sorted(summary["policy"] for summary in row["summaries"])
+        groups["all"].append("all")
+        groups["batch"].append(f"batch {row['batch']}")
+        groups["policies"].append("policies " + " / ".join(policies))
+    expected = {}
     for column in groups.values():
         for group in set(column):
             won = margins[np.array(column) == group] > 0
             expected[group] = (pytest.approx(won.mean()), len(won))
+    table = read_report(reward)["accuracy"]
     found = {key: (row["accuracy"], row["n"]) for key, row in table.items() if key.split()[0] in groups}
     assert found == expected and found["all"][1] == 55
     assert read_report(reward)["eval/accuracy"] == metrics(reward)[-1]["eval/accuracy"] == found["all"][0]
@@ -933,7 +1016,8 @@ def test_detail_17_calibration(reward, margins):
     margin.
     """
     table = {key: row for key, row in read_report(reward)["accuracy"].items() if key.startswith("margin")}
-    sizes, promised = np.abs(margins), 1 / (1 + np.exp(-np.abs(margins)))
+    sizes = np.abs(margins)
+    promised = 1 / (1 + np.exp(-sizes))
     assert np.abs(sizes * 2 - np.round(sizes * 2)).min() > 2 * FORWARD  # none at the edge of a bin
     bins = np.floor(sizes / 0.5) * 0.5
     assert {float(key.split()[1]) for key in table} == set(bins) and len(set(bins)) >= 3
@@ -949,12 +1033,15 @@ def test_detail_18_agreement_with_another_judge(pipeline, reward, pairs, margins
     """Detail 18 (its title is uncertain): agreement with a judge model. A judge's labels go in as `choice`, the share
     on which the reward model agrees comes out as JSON beside its checkpoint.
 
-    fails if: data.py:parse_row ignores choice; rm.py:main writes no eval.json, or evaluates what was trained on.
+    fails if: hub/rows.py:from_comparison ignores choice; rm.py:main writes no eval.json, or evaluates what was trained
+    on.
     """
     # a judge who contradicts this reward model on every third pair
-    theirs = [row["choice"] if margin > 0 else 1 - row["choice"] for row, margin in zip(pairs.raw, margins)]
-    judged = [{**row, "choice": 1 - c if i % 3 == 0 else c, "worker": "judge"}
-              for i, (row, c) in enumerate(zip(pairs.raw, theirs))]  # fmt: skip
+    agreed = np.arange(len(pairs.raw)) % 3 != 0
+    judged = []
+    for row, margin, agrees in zip(pairs.raw, margins, agreed):
+        preferred = row["choice"] if margin > 0 else 1 - row["choice"]
+        judged.append({**row, "choice": preferred if agrees else 1 - preferred, "worker": "judge"})
     directory = pipeline.directory / "detail_judged"
     write_jsonl(directory / "train.jsonl", read_jsonl(pairs.path.replace("{split}", "train")))
     write_jsonl(directory / "validation.jsonl", judged)
@@ -962,7 +1049,6 @@ def test_detail_18_agreement_with_another_judge(pipeline, reward, pairs, margins
     rm.main(cfg)
     assert weights(final(cfg))["score.weight"].equal(weights(final(reward))["score.weight"])  # the same reward model
     report = json.loads((final(cfg).parent / "eval.json").read_text())
-    agreed = np.array([i % 3 != 0 for i in range(len(judged))])
     assert report["accuracy"]["all"]["n"] == 55 and report["eval/accuracy"] == pytest.approx(agreed.mean(), abs=1e-12)
     loss = np.log1p(np.exp(-np.where(agreed, 1, -1) * np.abs(margins))).mean()
     assert report["eval/loss"] == pytest.approx(loss, abs=FORWARD)
@@ -975,7 +1061,8 @@ def test_detail_19_1_dpo_setup():
     runtime.py:TrainConfig adam_eps 1e-8.
     """
     for size in SIZES:
-        cfg, reward_cfg = paper(dpo, size), paper(rm, size)
+        cfg = paper(dpo, size)
+        reward_cfg = paper(rm, size)
         check_optimizer(cfg)
         assert (cfg.beta, cfg.label_smoothing, cfg.loss_type, cfg.schedule) == (0.05, 0, "sigmoid", "cosine")
         assert cfg.batch_size == 64 == 8 * 8 * cfg.micro_batch_size
@@ -987,36 +1074,43 @@ def test_detail_19_2_dpo_accuracy_is_reported_as_the_reward_models(pipeline, pol
 
     fails if: dpo.py:main evaluates without the reference, takes the policy for it whatever cfg.reference, leaves
     beta out of the margins, or reports the overall accuracy alone; dpo.py:pair_logprobs averages over tokens, or
-    leaves out EOS; dpo.py:dpo_loss takes r - c.
+    leaves out EOS; dpo.py:dpo_loss takes the rejected ratio minus the chosen one.
     """
     cfg = tiny(pipeline, dpo, "dpo", model=str(policy), reference=str(other), data=pairs.path, lr=1e-3)
-    rows, n = main(dpo, cfg), toy.n_vocab
-    split = {name: load_rows(pairs.path, name, toy, 2) for name in ("train", "validation")}
+    rows = main(dpo, cfg)
+    train = load_rows(pairs.path, "train", toy, 2)
+    validation = load_rows(pairs.path, "validation", toy, 2)
 
     def ratios(model, row):
         """log(model / reference) of the chosen and of the rejected response."""
-        found = [[hub_logprobs(m, row["query"], r, 1.0, n).sum() for r in row["responses"]] for m in (model, other)]
-        return np.subtract(*found)
+        found = []
+        for response in row["responses"]:
+            logprobs = hub_logprobs(model, row["query"], response, 1.0, toy.n_vocab)
+            ref_logprobs = hub_logprobs(other, row["query"], response, 1.0, toy.n_vocab)
+            found.append(logprobs.sum() - ref_logprobs.sum())
+        return found
 
-    batch = [split["train"][int(i)] for i in batch_rows(40, 8, 0, cfg.seed)]
+    batch = [train[int(index)] for index in batch_indices(40, 8, 0, cfg.seed)]
     first = np.array([ratios(policy, row) for row in batch]) * 0.05
     margin = first[:, 0] - first[:, 1]
     assert rows[0]["loss/dpo"] == pytest.approx(np.log1p(np.exp(-margin)).mean(), abs=0.05 * SUMMED)
     assert rows[0]["rewards/chosen"] == pytest.approx(first[:, 0].mean(), abs=0.05 * SUMMED)
     assert rows[0]["rewards/accuracies"] == np.mean(margin > 0)
-    held_out = np.array([ratios(final(cfg), row) for row in split["validation"]])
-    won = held_out[:, 0] > held_out[:, 1]
-    assert np.abs(held_out[:, 0] - held_out[:, 1]).min() > SUMMED and 0 < won.mean() < 1
-    report, theirs = read_report(cfg), read_report(reward)["accuracy"]
+    held_out = np.array([ratios(final(cfg), row) for row in validation])
+    difference = held_out[:, 0] - held_out[:, 1]
+    won = difference > 0
+    assert np.abs(difference).min() > SUMMED and 0 < won.mean() < 1
+    report = read_report(cfg)
     assert report["eval/accuracy"] == report["accuracy"]["all"]["accuracy"] == pytest.approx(won.mean(), abs=1e-12)
-    promised = 1 / (1 + np.exp(-0.05 * np.abs(held_out[:, 0] - held_out[:, 1])))
+    promised = 1 / (1 + np.exp(-0.05 * np.abs(difference)))
     assert report["accuracy"]["all"]["expected"] == pytest.approx(promised.mean(), abs=0.05 * SUMMED)
-    groups, theirs = (
-        {key: row["n"] for key, row in table.items() if "margin" not in key} for table in (report["accuracy"], theirs)
-    )
-    assert groups == theirs
+
+    def sizes(table):
+        return {group: row["n"] for group, row in table.items() if "margin" not in group}
+
+    assert sizes(report["accuracy"]) == sizes(read_report(reward)["accuracy"])
     for batch in ("toy1", "toy2", "toy3"):
-        inside = np.array([b == batch for b in split["validation"]["batch"]])
+        inside = np.array(validation["batch"]) == batch
         assert report["accuracy"][f"batch {batch}"]["accuracy"] == pytest.approx(won[inside].mean(), abs=1e-12)
 
 
@@ -1044,7 +1138,7 @@ def test_detail_20_1_ppo_setup():
         assert cfg.reference in ("", cfg.model)
     # of 1,953 updates, and half of what is printed last
     for update, printed, half in ((1, 3e-6, 5e-15), (2, 2.99846390e-6, 5e-15), (1953, 1.5361e-9, 5e-14)):
-        rate = runtime.learning_rate(update - 1, 1953, cfg.lr, cfg.schedule)
+        rate = learning_rate(update - 1, 1953, cfg.lr, cfg.schedule)
         assert rate == pytest.approx(printed, abs=half)
 
 
@@ -1053,18 +1147,65 @@ WORKED = dict(logprobs=[-1, -0.5, -2, -0.2, -3, -4], ref_logprobs=[-1.2, -0.4, -
 
 
 def worked_example(ids, score, **changes):
-    """ppo.prepare with the paper's configuration on one row whose numbers were worked by hand."""
-    has_eos, last = ppo.find_eos(torch.tensor([ids]), EOS)
-    batch = {name: torch.tensor([values]) for name, values in WORKED.items()}
-    batch |= dict(responses=torch.tensor([ids]), has_eos=has_eos, last=last, scores=torch.tensor([score]))
-    cfg = paper(ppo, response_length=6, **changes)
-    return ppo.prepare(cfg, batch, cfg.kl_coef)
+    """A rollout with the paper's configuration, of one row whose numbers were worked by hand, and its advantages."""
+    numbers = {name: torch.tensor([values]) for name, values in WORKED.items()}
+    cfg = paper(ppo, response_length=6, device="cpu", dtype="float32", **changes)
+    batch = scripted_rollout(cfg, torch.tensor([ids]), torch.tensor([score]), **numbers)
+    return ppo.advantages(cfg, batch, {})
+
+
+class Script:
+    """In the place of a language model: it writes given responses (B, R), and has given log-probabilities of them.
+
+    The query of row n is the one token n + 1, by which a pass knows its rows.
+    """
+
+    def __init__(self, responses, logprobs):
+        self.responses = responses
+        self.numbers = logprobs
+
+    def __call__(self, ids, select, cache):
+        """Logits that leave no doubt about the next token of the rows that `generate` feeds."""
+        column = int(cache.last) - cache.width + 1
+        next_ids = self.responses[:, column]
+        if cache.rows is not None:
+            next_ids = next_ids[cache.rows]
+        return 1e4 * torch.nn.functional.one_hot(next_ids, 896)[:, None].float()
+
+    def logprobs(self, ids, select, targets, temperature, n_vocab, with_entropy=False):
+        logprobs = self.numbers[ids[:, 0] - 1, : targets.shape[1]]
+        if with_entropy:
+            return torch.stack((logprobs, torch.zeros_like(logprobs)))
+        return logprobs
+
+
+def scripted_rollout(cfg, responses, scores, logprobs, ref_logprobs, values):
+    """The batch that ppo.rollout makes of models which say these numbers: scores (B,), the others (B, R)."""
+
+    def critic(ids, select):
+        return values[ids[:, 0] - 1, : select.shape[1]]
+
+    def score(queries, responses, row_indices):
+        return scores[row_indices]
+
+    cfg = replace(cfg, rollout_micro_batch_size=len(responses))  # generation then keeps the order of the rows
+    policy = Script(responses, logprobs)
+    reference = Script(responses, ref_logprobs)
+    queries = [[row + 1] for row in range(len(responses))]
+    tokenizer = SimpleNamespace(n_vocab=896, eos_id=EOS)
+    run = SimpleNamespace(world=World(cfg), tokenizer=tokenizer, step=0)
+    try:
+        batch = ppo.rollout(run, cfg, policy, reference, critic, score, queries, np.arange(len(queries)))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(batch["responses"][batch["mask"]], responses[batch["mask"]])  # EOS stands behind EOS
+    return batch
 
 
 def test_detail_20_2_reference_step_by_hand():
     """Detail 20: KL per token, the score one step behind EOS, GAE with gamma 1 and lambda 0.95, whitening.
 
-    fails if: ppo.py:shape_rewards pays the score at EOS, or adds the KL; ppo.py:gae takes lambda 1; ppo.py:prepare
+    fails if: ppo.py:shape_rewards pays the score at EOS, or adds the KL; ppo.py:gae takes lambda 1; ppo.py:advantages
     zeroes values from the column behind EOS on (mask for mask_p1), or takes returns from whitened advantages.
     """
     out = worked_example([5, 5, 5, EOS, 7, 7], 1.0)
@@ -1081,17 +1222,20 @@ def test_detail_20_2_reference_step_by_hand():
 def test_detail_20_3_rollout_by_transformers(run_ppo):
     """Detail 20: the same step on a real rollout, every input recomputed by transformers at temperature 0.7.
 
-    fails if: ppo.py:forward takes log-probabilities at temperature 1; ppo.py:rollout takes values one column later;
-    evals/tables.py:rollout_metrics averages KL per token; ppo.py:shape_rewards pays the score at EOS.
+    fails if: ppo.py:rollout takes log-probabilities at temperature 1, or values one column later;
+    ppo.py:rollout_metrics averages KL per token; ppo.py:shape_rewards pays the score at EOS.
     """
-    batch, oracle, row = run_ppo.batches[0], run_ppo.oracle, run_ppo.metrics[0]
+    batch = run_ppo.batches[0]
+    oracle = run_ppo.oracle
+    row = run_ppo.metrics[0]
     step = reference_step(**vars(oracle))
     for name in ("logprobs", "ref_logprobs"):
         close(batch[name][batch["mask"]], getattr(oracle, name)[step.mask], FORWARD)
     close(batch["mask"], step.mask, 0)
     for name in ("kl", "rewards", "values", "returns"):
         close(batch[name], getattr(step, name), SUMMED)
-    kl, scores = step.kl.sum(1), np.where((oracle.responses == EOS).any(1), oracle.scores, -1)
+    kl = step.kl.sum(1)
+    scores = np.where((oracle.responses == EOS).any(1), oracle.scores, -1)
     assert row["objective/kl"] == pytest.approx(kl.mean(), abs=SUMMED) and abs(kl.mean()) > 10 * SUMMED
     assert row["objective/non_score_reward"] == pytest.approx(-0.05 * kl.mean(), abs=0.05 * SUMMED)
     assert row["objective/scores"] == pytest.approx(scores.mean(), abs=FORWARD)
@@ -1102,60 +1246,95 @@ def test_detail_20_4_four_epochs_of_clipped_updates(pipeline, policy, other, rew
     """Detail 20: four passes over the batch, ratio clipped at 0.2, value at 0.2, value loss times 0.1, one AdamW.
 
     fails if: ppo.py:Config has n_epochs 1, cliprange 10 or cliprange_value 10; ppo.py:policy_loss or
-    ppo.py:value_loss takes the minimum; ppo.py:critic_loss leaves out vf_coef or weighs values by mask; one takes means
-    per micro-batch; ppo.py:ppo_update renews the old log-probabilities in every epoch; runtime.py:make_optimizer
-    has beta2 0.95.
+    ppo.py:value_loss takes the minimum; ppo.py:critic_loss leaves out vf_coef or weighs values by mask;
+    ppo.py:accumulate takes means per micro-batch; ppo.py:ppo_update renews the old log-probabilities in every epoch;
+    distributed/optimizer.py:make_optimizer has beta2 0.95.
     """
     cfg = replace(run_ppo.cfg, episodes=24, out_dir=str(pipeline.directory / "detail_update"))
-    (row,), (batch,) = rollouts_of(cfg)
-    step, oracle = reference_step(**vars(run_ppo.oracle)), run_ppo.oracle
+    [row], [batch] = rollouts_of(cfg)
+    oracle = run_ppo.oracle
+    step = reference_step(**vars(oracle))
     assert torch.equal(batch["responses"], run_ppo.batches[0]["responses"])
     actor = GPTNeoXForCausalLM.from_pretrained(policy).double()
-    critic, weight, bias = GPTNeoXModel.from_pretrained(final(reward)).double(), *hub_body(final(reward))[1:]
-    weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
-    parameters = [*actor.parameters(), *critic.parameters(), weight, bias]
-    states, sums = [AdamW() for _ in parameters], Counter()
-    n_actions, n_values = step.mask.sum(), step.mask_p1.sum()
+    critic = HubCritic(final(reward))
+    parameters = [*actor.parameters(), *critic.parameters()]
+    optimizers = [AdamW() for _ in parameters]
+    sums = Counter()
     for _ in range(4):
-        for b, (query, response) in enumerate(zip(run_ppo.queries[0], oracle.responses.tolist())):
-            ids, at = torch.tensor([query + response]), slice(len(query) - 1, -1)
-            logits = actor(ids).logits[0, at, : toy.n_vocab] / TEMPERATURE
-            new = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
-            values = critic(ids).last_hidden_state[0, at] @ weight + bias
-            pg, vf = torch.zeros(()), torch.zeros(())
-            for j in range(len(response)):
-                advantage, returns, before = step.advantages[b, j], step.returns[b, j], step.values[b, j]
-                ratio = (new[j] - oracle.logprobs[b, j]).exp()
-                if step.mask[b, j]:
-                    bound = 1.2 if advantage > 0 else 0.8
-                    clipped = ratio.item() > bound if advantage > 0 else ratio.item() < bound
-                    pg = pg - advantage * (bound if clipped else ratio) / n_actions
-                    sums["clipfrac"] += clipped / n_actions
-                    sums["approxkl"] += 0.5 * (new[j].item() - oracle.logprobs[b, j]) ** 2 / n_actions
-                if step.mask_p1[b, j]:
-                    near = values[j].clamp(before - 0.2, before + 0.2)
-                    vf = vf + 0.5 * max((values[j] - returns) ** 2, (near - returns) ** 2) / n_values
-            (pg + 0.1 * vf).backward()
-            sums["policy"] += float(pg.detach())
-            sums["value"] += float(vf.detach())
+        for number, (query, response) in enumerate(zip(run_ppo.queries[0], oracle.responses.tolist())):
+            ids = torch.tensor([query + response])
+            places = slice(len(query) - 1, -1)
+            logits = actor(ids).logits[0, places, : toy.n_vocab] / TEMPERATURE
+            new_logprobs = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+            new_values = critic(ids)[places]
+            pg_loss = row_policy_loss(step, number, new_logprobs, oracle.logprobs[number], sums)
+            vf_loss = row_value_loss(step, number, new_values)
+            (pg_loss + 0.1 * vf_loss).backward()
+            sums["policy"] += pg_loss.item()
+            sums["value"] += vf_loss.item()
         with torch.no_grad():
-            for p, state in zip(parameters, states):
-                p.copy_(state.step(p, p.grad, cfg.lr))
-                p.grad = None
+            for parameter, optimizer in zip(parameters, optimizers):
+                parameter.copy_(optimizer.step(parameter, parameter.grad, cfg.lr))
+                parameter.grad = None
     assert sums["clipfrac"] / 4 > 0.01
     # means over four epochs of a loss per token; a ratio's error is that of its log-probability
     assert row["loss/policy_avg"] == pytest.approx(sums["policy"] / 4, abs=SUMMED)
     assert row["loss/value_avg"] == pytest.approx(sums["value"] / 4, abs=SUMMED)
     assert row["policy/approxkl_avg"] == pytest.approx(sums["approxkl"] / 4, rel=1e-3)
     # a token at the very edge may be clipped in one and not in the other
-    assert row["policy/clipfrac_avg"] == pytest.approx(sums["clipfrac"] / 4, abs=1.5 / n_actions / 4)
+    assert row["policy/clipfrac_avg"] == pytest.approx(sums["clipfrac"] / 4, abs=1.5 / step.mask.sum() / 4)
     check_steps(final(cfg), actor, policy, 4 * cfg.lr, pipeline.directory / "detail_update_hub")
+
+
+class HubCritic(torch.nn.Module):
+    """The reward model's files as a critic, by transformers in float64: ids (1, T) -> values (T,)."""
+
+    def __init__(self, directory):
+        super().__init__()
+        _, weight, bias = hub_body(directory)
+        self.body = GPTNeoXModel.from_pretrained(directory).double()
+        self.weight = torch.nn.Parameter(weight.clone())
+        self.bias = torch.nn.Parameter(bias.clone())
+
+    def forward(self, ids):
+        return self.body(ids).last_hidden_state[0] @ self.weight + self.bias
+
+
+def row_policy_loss(step, row, new_logprobs, logprobs, sums):
+    """A row's part of the batch's policy loss, token by token; adds its part of the statistics to `sums`."""
+    n_actions = step.mask.sum()
+    loss = torch.zeros(())
+    for column in np.flatnonzero(step.mask[row]):
+        advantage = step.advantages[row, column]
+        ratio = (new_logprobs[column] - logprobs[column]).exp()
+        if advantage > 0:
+            bound = 1.2
+            is_clipped = ratio.item() > bound
+        else:
+            bound = 0.8
+            is_clipped = ratio.item() < bound
+        loss = loss - advantage * (bound if is_clipped else ratio) / n_actions
+        sums["clipfrac"] += is_clipped / n_actions
+        sums["approxkl"] += 0.5 * (new_logprobs[column].item() - logprobs[column]) ** 2 / n_actions
+    return loss
+
+
+def row_value_loss(step, row, new_values):
+    """A row's part of the batch's value loss, token by token."""
+    loss = torch.zeros(())
+    for column in np.flatnonzero(step.mask_p1[row]):
+        before = step.values[row, column]
+        returns = step.returns[row, column]
+        near = new_values[column].clamp(before - 0.2, before + 0.2)
+        squares = max((new_values[column] - returns) ** 2, (near - returns) ** 2)
+        loss = loss + 0.5 * squares / step.mask_p1.sum()
+    return loss
 
 
 def test_detail_20_5_linear_schedule(pipeline, policy):
     """Detail 20: the rate falls linearly, from its peak at the first update to a share 1 / updates at the last.
 
-    fails if: ppo.py:Config has the cosine schedule; runtime.py:learning_rate counts updates from 1.
+    fails if: ppo.py:Config has the cosine schedule; distributed/optimizer.py:learning_rate counts updates from 1.
     """
     cfg = tiny(pipeline, ppo, "linear", model=str(policy), episodes=32, response_length=2, n_epochs=1)
     rates = [row["lr"] for row in main(ppo, cfg, score=lambda queries, responses: [0.0] * len(queries))]
@@ -1165,7 +1344,7 @@ def test_detail_20_5_linear_schedule(pipeline, policy):
 def test_detail_21_prompts_are_reused_and_reshuffled(pipeline, policy, posts):
     """Detail 21: PPO takes the prompts of the SFT data; when they are used up they are shuffled anew.
 
-    fails if: data.py:batch_rows takes the same permutation in every epoch, or draws with replacement;
+    fails if: data.py:batch_indices takes the same permutation in every epoch, or draws with replacement;
     data.py:permutation does not shuffle; config/ppo_2.8b.py names other data.
     """
     for size in SIZES:
@@ -1181,7 +1360,10 @@ def test_detail_21_prompts_are_reused_and_reshuffled(pipeline, policy, posts):
     main(ppo, cfg, score=score)
     batches = [frozenset(seen[start : start + 12]) for start in range(0, 180, 12)]
     raw = read_jsonl(f"{pipeline.data}/sft_train.jsonl")
-    queries = [f"SUBREDDIT: r/{r['subreddit']}\n\nTITLE: {r['title']}\n\nPOST: {r['post']}\n\nTL;DR:" for r in raw]
+    queries = []
+    for row in raw:
+        title = f"SUBREDDIT: r/{row['subreddit']}\n\nTITLE: {row['title']}"
+        queries.append(f"{title}\n\nPOST: {row['post']}\n\nTL;DR:")
     assert len(set(queries)) == len(queries) == 60
     for epoch in range(3):  # five updates of 12: every prompt once
         assert Counter(seen[60 * epoch : 60 * (epoch + 1)]) == Counter(queries)
@@ -1193,18 +1375,21 @@ def test_detail_22_1_critic_starts_from_the_reward_model(run_ppo, reward, posts)
     """Detail 22: the first values are the reward model's, normalised as it is; then the critic learns, and it does not.
 
     fails if: ppo.py:main starts the critic from the SFT model with a new head, trains the reward model itself, or
-    does not train the critic; model.py:load_weights forgets the head's bias.
+    does not train the critic; hub/weights.py:load_weights forgets the head's bias.
     """
     step = reference_step(**vars(run_ppo.oracle))
     close(run_ppo.batches[0]["values"], step.values, FORWARD)
     assert abs(weights(final(reward))["score.bias"].item()) > 100 * FORWARD
-    later, moved = run_ppo.batches[1], []
-    for b, query in enumerate(run_ppo.queries[1]):
-        last, response = later["last"][b].item(), later["responses"][b].tolist()
-        scalars = hub_scalars(final(reward), query + response[: last + 1])
-        if later["has_eos"][b]:
-            assert later["scores"][b].item() == pytest.approx(scalars[-1], abs=FORWARD)  # the reward model stays
-        moved.append(np.abs(later["values"][b, : last + 1].numpy() - scalars[len(query) - 1 : -1]).max())
+    later = run_ppo.batches[1]
+    moved = []
+    for row, query in enumerate(run_ppo.queries[1]):
+        n_tokens = later["last"][row].item() + 1
+        response = later["responses"][row, :n_tokens].tolist()
+        scalars = hub_scalars(final(reward), query + response)
+        if later["has_eos"][row]:
+            assert later["scores"][row].item() == pytest.approx(scalars[-1], abs=FORWARD)  # the reward model stays
+        values = later["values"][row, :n_tokens].numpy()
+        moved.append(np.abs(values - scalars[len(query) - 1 : -1]).max())
     assert np.median(moved) > 10 * FORWARD  # the critic does not
 
 
@@ -1214,14 +1399,16 @@ def test_detail_22_2_critic_and_policy_share_nothing(pipeline, policy, reward):
     fails if: ppo.py:ppo_update clips the gradient of both by one norm; ppo.py:main gives the critic the policy's body
     (critic.gpt_neox = policy.gpt_neox: then the optimizer refuses to start).
     """
-    found = []
+    losses = []
+    policies = []
     for vf_coef in (0.1, 5.0):
         cfg = tiny(pipeline, ppo, f"vf_{vf_coef}", model=str(policy), reward_model=str(final(reward)), lr=1e-3)
         cfg = replace(cfg, vf_coef=vf_coef)
-        found.append((main(ppo, cfg)[0]["loss/value_avg"], weights(final(cfg))))
-    (first_loss, first), (second_loss, second) = found
-    assert all(torch.equal(first[name], second[name]) for name in first) and first_loss != second_loss
-    assert any(not torch.equal(first[name], tensor) for name, tensor in weights(policy).items())
+        losses.append(main(ppo, cfg)[0]["loss/value_avg"])
+        policies.append(weights(final(cfg)))
+    assert losses[0] != losses[1]
+    assert all(torch.equal(tensor, policies[1][name]) for name, tensor in policies[0].items())
+    assert any(not torch.equal(tensor, policies[0][name]) for name, tensor in weights(policy).items())
 
 
 @pytest.fixture(scope="module")
@@ -1229,48 +1416,58 @@ def many(pipeline, policy, toy, posts):
     """120 responses of at most 6 tokens, each scored 5.0: the run's metrics, its batch, the queries."""
     cfg = tiny(pipeline, ppo, "many", model=str(policy), batch_size=120, episodes=120, micro_batch_size=60,
                rollout_micro_batch_size=60, response_length=6, n_epochs=1)  # fmt: skip
-    (row,), (batch,) = rollouts_of(cfg, score=lambda queries, responses: [5.0] * len(queries))
-    queries = [posts[i]["query"] for i in batch_rows(len(posts), 120, 0, cfg.seed)]
+    [row], [batch] = rollouts_of(cfg, score=lambda queries, responses: [5.0] * len(queries))
+    queries = [posts[index]["query"] for index in batch_indices(len(posts), 120, 0, cfg.seed)]
     return SimpleNamespace(row=row, batch=batch, queries=queries)
 
 
 def test_detail_23_1_fixed_number_of_tokens_with_eos_among_them(many, policy, toy):
     """Detail 23.1: every response is sampled to the same length, and EOS may be drawn at any of its tokens.
 
-    fails if: model.py:generate puts EOS at -inf before the last token (a minimum length), or stops when the first
-    row does; runtime.py:generate_rows samples at temperature 1; ppo.py:Config has response_length 48.
+    fails if: generation.py:generate puts EOS at -inf before the last token (a minimum length), or stops when the first
+    row does; distributed/sharding.py:generate_rows samples at temperature 1; ppo.py:Config has response_length 48.
     """
     assert {paper(ppo, size).response_length for size in SIZES} == {53} and not paper(ppo).truncate_token
     responses = many.batch["responses"].tolist()
     assert {len(response) for response in responses} == {6}
     # EOS is drawn as often as transformers says, token by token: the excess is a martingale with this variance
-    excess, variance = 0.0, 0.0
+    ended = 0
+    excess = 0.0
+    variance = 0.0
     for query, response in zip(many.queries, responses):
-        drawn = response[: response.index(EOS) + 1] if EOS in response else response
+        if EOS in response:
+            ended += 1
+            excess += 1
+            response = response[: response.index(EOS) + 1]
         with torch.no_grad():
-            logits = hub_model(policy)(torch.tensor([query + drawn])).logits[0, len(query) - 1 : -1, : toy.n_vocab]
-        p = torch.softmax(logits / TEMPERATURE, -1)[:, EOS].numpy()
-        excess += (EOS in response) - p.sum()
-        variance += (p * (1 - p)).sum()
-    assert abs(excess) < 4 * variance**0.5 < sum(EOS in response for response in responses)
-    assert any(EOS not in response for response in responses)
+            logits = hub_model(policy)(torch.tensor([query + response])).logits[0, len(query) - 1 : -1, : toy.n_vocab]
+        probs = torch.softmax(logits / TEMPERATURE, -1)[:, EOS].numpy()
+        excess -= probs.sum()
+        variance += (probs * (1 - probs)).sum()
+    assert abs(excess) < 4 * variance**0.5 < ended < len(responses)
 
 
 def test_detail_23_2_nothing_counts_behind_eos(run_ppo):
     """Detail 23.2: a response is cut behind its first EOS: what stands there changes no reward and no advantage.
 
-    fails if: ppo.py:prepare uses values, ppo.py:shape_rewards log-probabilities, or ppo.py:whiten advantages without
-    their mask; ppo.py:find_eos takes the last EOS.
+    fails if: ppo.py:advantages uses values or whitens advantages without their mask, or ppo.py:rollout a KL without it;
+    ppo.py:find_eos takes the last EOS.
     """
     has_eos, last = ppo.find_eos(torch.tensor([[5, EOS, 7, EOS], [5, 6, 7, 8], [EOS] * 4, [5, 6, 7, EOS]]), EOS)
-    assert (has_eos.tolist(), last.tolist()) == ([True, False, True, True], [1, 3, 0, 3])
-    batch = {name: run_ppo.batches[0][name].clone() for name in
-             ("responses", "has_eos", "last", "scores", "logprobs", "ref_logprobs", "values", "entropy")}  # fmt: skip
+    assert has_eos.tolist() == [True, False, True, True]
+    assert last.tolist() == [1, 3, 0, 3]
+    batch = run_ppo.batches[0]
     columns = torch.arange(batch["values"].shape[1])
-    behind, far = columns > batch["last"][:, None], columns > batch["last"][:, None] + 1
-    junk = {"logprobs": batch["logprobs"].masked_fill(behind, -40.0), "values": batch["values"].masked_fill(far, 99.0)}
-    clean, dirty = (ppo.prepare(run_ppo.cfg, rows, 0.05) for rows in (batch, batch | junk))
+    behind = columns > batch["last"][:, None]
+    far = columns > batch["last"][:, None] + 1
     assert behind.any()
+    numbers = {name: batch[name] for name in ("responses", "scores", "ref_logprobs", "values")}
+    clean = scripted_rollout(run_ppo.cfg, logprobs=batch["logprobs"], **numbers)
+    dirty = scripted_rollout(run_ppo.cfg, logprobs=batch["logprobs"].masked_fill(behind, -40.0), **numbers)
+    assert not torch.equal(clean["logprobs"], dirty["logprobs"])
+    dirty["values"] = batch["values"].masked_fill(far, 99.0)
+    clean = ppo.advantages(run_ppo.cfg, clean, {})
+    dirty = ppo.advantages(run_ppo.cfg, dirty, {})
     for name in ("rewards", "kl", "values", "returns", "advantages"):
         assert torch.equal(clean[name], dirty[name]), name
         assert not dirty[name][far].any()
@@ -1280,7 +1477,7 @@ def test_detail_23_2_nothing_counts_behind_eos(run_ppo):
 def test_detail_23_3_a_response_without_eos_scores_minus_one(many, run_ppo):
     """Detail 23.3: without EOS the score is -1: it replaces the reward model's, which means nothing there.
 
-    fails if: ppo.py:prepare subtracts 1, or keeps the reward model's score; ppo.py:Config has missing_eos_score 0;
+    fails if: ppo.py:rollout subtracts 1, or keeps the reward model's score; ppo.py:Config has missing_eos_score 0;
     ppo.py:find_eos misses an EOS in the last column.
     """
     assert {paper(ppo, size).missing_eos_score for size in SIZES} == {-1.0}
@@ -1301,14 +1498,14 @@ def test_detail_24_reward_whitening_is_an_option(pipeline, run_ppo):
     """Detail 24: rewards may get variance 1, their mean kept, over the tokens up to one behind EOS. Off by default.
 
     fails if: ppo.py:Config has whiten_rewards True; ppo.py:shape_rewards shifts the mean, whitens over mask, or
-    leaves the option out; ppo.py:prepare does not hand it on; ppo.py:whiten takes the unbiased variance.
+    leaves the option out; ppo.py:advantages does not hand it on; ppo.py:whiten takes the unbiased variance.
     """
     assert not any(paper(ppo, size).whiten_rewards for size in SIZES)
     out = worked_example([5, 5, 5, EOS, 7, 7], 1.0, whiten_rewards=True)
     close(out["rewards"], [[-0.331263, -0.293638, -0.243473, -0.318721, 2.202095, 0]], PRINTED)
     out_dir = str(pipeline.directory / "detail_white")
     cfg = replace(run_ppo.cfg, whiten_rewards=True, episodes=24, n_epochs=1, out_dir=out_dir)
-    _, (batch,) = rollouts_of(cfg)
+    _, [batch] = rollouts_of(cfg)
     step = reference_step(**vars(run_ppo.oracle), whiten_rewards=True)
     # rewards have a standard deviation of about 0.3, by which an error of FORWARD is divided
     close(batch["rewards"], step.rewards, 4 * FORWARD)
@@ -1320,7 +1517,7 @@ def test_detail_24_reward_whitening_is_an_option(pipeline, run_ppo):
 def test_detail_25_1_advantages_are_whitened(run_ppo):
     """Detail 25: advantages of all tokens up to EOS get mean 0 and variance 1 (biased, eps 1e-8); the others are 0.
 
-    fails if: ppo.py:whiten takes the unbiased variance, or each row by itself; ppo.py:prepare whitens over mask_p1;
+    fails if: ppo.py:whiten takes the unbiased variance, or each row by itself; ppo.py:advantages whitens over mask_p1;
     ppo.py:Config has whiten_advantages False.
     """
     for batch in run_ppo.batches:
@@ -1341,13 +1538,16 @@ def test_detail_25_2_whitening_is_once_per_rollout(pipeline, policy, reward):
     """
     cfg = tiny(pipeline, ppo, "halves", model=str(policy), reward_model=str(final(reward)), lr=0.0)
     cfg = replace(cfg, n_minibatches=2, n_epochs=1)
-    (row,), (batch,) = rollouts_of(cfg)
-    # at learning rate 0 the ratio stays 1: the loss is minus the mean over two minibatches of a mean advantage, which
+    [row], [batch] = rollouts_of(cfg)
+    loss = row["loss/policy_avg"]
+    # At learning rate 0 the ratio stays 1: the loss is minus the mean over two minibatches of a mean advantage, which
     # is 0 if each was whitened by itself. Which rows are together is not known: it must be one of the 35 ways.
-    sums, counts = (x.double().numpy() for x in ((batch["advantages"] * batch["mask"]).sum(1), batch["mask"].sum(1)))
-    found = []
+    mask = batch["mask"].double().numpy()
+    advantages = batch["advantages"].double().numpy()
+    ways = []
     for half in itertools.combinations(range(8), 4):
-        one = np.isin(np.arange(8), half)
-        found.append(-(sums[one].sum() / counts[one].sum() + sums[~one].sum() / counts[~one].sum()) / 2)
-    assert np.abs(np.array(found) - row["loss/policy_avg"]).min() < FLOAT32
-    assert abs(row["loss/policy_avg"]) > 100 * FLOAT32
+        is_one = np.isin(np.arange(8), half)
+        means = [advantages[part].sum() / mask[part].sum() for part in (is_one, ~is_one)]
+        ways.append(-np.mean(means))
+    assert np.abs(np.array(ways) - loss).min() < FLOAT32
+    assert abs(loss) > 100 * FLOAT32

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,48 +16,64 @@ from pipeline import EVERYTHING, ROOT, ROUNDING, arguments, metrics, ranked, sam
 from safetensors.torch import load_file
 
 import ppo
-import runtime
 import sample
+from distributed.processes import World
 from model import GPTNeoX, GPTNeoXConfig
 
-RANKED = dict(rows=ranked(24), eval_split="train", normalize_data="", label_noise=0.1)
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def torchrun(stage, cfg, n=2):
-    return launch(n, f"{stage}.py", *arguments(cfg))
+    """stage: a name like "ppo", run as a script, or "variants.ppo_max", run as a module."""
+    script = ["-m", stage] if "." in stage else [f"{stage}.py"]
+    return launch(n, *script, *arguments(cfg))
 
 
 def launch(n, *script, **env):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *script]
-    result = subprocess.run(command, cwd=ROOT, env=ENV | env, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=ROOT, env={**ENV, **env}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
 
 def same_weights(one, other):
-    weights = [load_file(Path(cfg.out_dir) / "final" / "model.safetensors") for cfg in (one, other)]
-    for key, value in weights[0].items():
-        # a reward model's bias is minus a mean of scores: a sum over the width of weights that are each so far apart
-        terms = weights[0]["score.weight"].shape[1] if key == "score.bias" else 1
-        np.testing.assert_allclose(value, weights[1][key], atol=ROUNDING * terms**0.5, err_msg=key)
+    ours = load_file(Path(one.out_dir) / "final" / "model.safetensors")
+    theirs = load_file(Path(other.out_dir) / "final" / "model.safetensors")
+    for name, tensor in ours.items():
+        atol = ROUNDING
+        if name == "score.bias":
+            # A reward model's bias is minus a mean of scores: a sum over the width of weights that are each so far off.
+            atol = ROUNDING * ours["score.weight"].shape[1] ** 0.5
+        np.testing.assert_allclose(tensor, theirs[name], atol=atol, err_msg=name)
 
 
+RANKED = dict(eval_split="train", normalize_data="", label_noise=0.1)
 MEMORY = dict(train_gather=True, logits_chunk=7, activation_checkpointing=True)
+CASES = {
+    "sft": ("sft", {}),
+    "rm": ("rm", {}),
+    "ppo": ("ppo", {}),
+    "dpo": ("dpo", {}),
+    "ppo, every option": ("variants.ppo_max", {**EVERYTHING, "critic_steps": 1}),
+    "ppo, less memory": ("ppo", MEMORY),
+    "rm, rankings": ("rm", RANKED),
+}
 
 
-@pytest.mark.parametrize("name, options", [("sft", {}), ("rm", {}), ("ppo", {}), ("dpo", {}),
-                                           ("ppo", {**EVERYTHING, "critic_steps": 1}), ("ppo", MEMORY),
-                                           ("rm", RANKED)])  # fmt: skip
-def test_two_processes_are_one_run(pipeline, name, options, tmp_path):
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_are_one_run(pipeline, name, tmp_path):
     """Same rows, same sampled tokens, same losses; evaluation rows (21, 15) do not divide by 2."""
-    stage, options = importlib.import_module(name), dict(options)
-    if "rows" in options:
-        options["data"] = write_rows(tmp_path / "rows.jsonl", options.pop("rows"))
-    one, two = (pipeline.config(stage, f"{name}_{len(options)}_{n}", micro_batch_size=3, **options) for n in (1, 2))
+    stage_name, options = CASES[name]
+    options = dict(options)
+    if options.get("eval_split") == "train":
+        options["data"] = write_rows(tmp_path / "rows.jsonl", ranked(24))
+    stage = importlib.import_module(stage_name)
+    one = pipeline.config(stage, f"{name}, one", micro_batch_size=3, **options)
+    two = pipeline.config(stage, f"{name}, two", micro_batch_size=3, **options)
     stage.main(one)
-    torchrun(name, two)
-    first, second = metrics(one), metrics(two)
+    torchrun(stage_name, two)
+    first = metrics(one)
+    second = metrics(two)
     for rows in (first, second):
         rows[0].pop("rewards/accuracies", None)  # DPO starts with all rewards 0: rounding decides the sign
     same_metrics(first, second)
@@ -105,32 +122,45 @@ def test_a_run_saved_by_two_processes_goes_on_in_others(pipeline, sharded, n, op
     same_weights(sharded, cfg)
 
 
-MEMORY = """
-import json, sys, threading, time
+LOAD_AND_WRITE = """
+import json, sys, threading
 import torch
-import runtime, sft
+import sft
 from model import GPTNeoX
+from runtime import Data, Run, Tokenizer, World, load_model, open_directory
 
 def anonymous():  # bytes of this process's own, without the pages of files that it maps
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
 
-def watch(function, *args):
-    peak, before, done = [0], anonymous(), threading.Event()
+def watch(function, *args, **options):
+    peak = 0
+    before = anonymous()
+    done = threading.Event()
+
     def look():
+        nonlocal peak
         while not done.wait(0.01):
-            peak[0] = max(peak[0], anonymous() - before)
+            peak = max(peak, anonymous() - before)
+
     thread = threading.Thread(target=look)
     thread.start()
-    result = function(*args)
+    result = function(*args, **options)
     done.set()
     thread.join()
-    return result, peak[0]
+    return result, peak
 
-run = runtime.Run(sft.Config(device="cpu", dtype="float32", out_dir=sys.argv[2]))
-run.tokenizer = runtime.Tokenizer.load(sys.argv[1])
-model, loading = watch(runtime.load_model, run, GPTNeoX, sys.argv[1], True)
-_, writing = watch(runtime.export, run, model)
-print(json.dumps([run.rank, loading, writing]))
+source, out_dir = sys.argv[1:]
+cfg = sft.Config(device="cpu", dtype="float32", out_dir=out_dir)
+world = World(cfg)
+open_directory(cfg, world)
+torch.distributed.barrier()
+tokenizer = Tokenizer.load(source)
+model, loading = watch(load_model, cfg, world, tokenizer.n_vocab, GPTNeoX, source, trainable=True)
+run = Run(cfg, world, Data(tokenizer, train=[], held_out="", n_updates=1), {"model": model})
+_, writing = watch(run.export, model)
+print(json.dumps([world.rank, loading, writing]))
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
@@ -148,44 +178,53 @@ def test_no_process_ever_holds_a_whole_model(pipeline, tmp_path):
     model = GPTNeoX(shape).half()
     model.save_pretrained(tmp_path / "model")
     shutil.copy(pipeline.sft / "tokenizer.json", tmp_path / "model")
-    (tmp_path / "memory.py").write_text(MEMORY)
+    (tmp_path / "memory.py").write_text(LOAD_AND_WRITE)
     env = {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is given back at once
     output = launch(4, tmp_path / "memory.py", tmp_path / "model", tmp_path / "out", **env)
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
-    whole, largest = 4 * sum(p.numel() for p in model.parameters()), 4 * 12_000 * 1024
+    whole = 4 * sum(parameter.numel() for parameter in model.parameters())
+    largest = 4 * 12_000 * 1024
     assert len(rows) == 4 and whole > 450e6
     for rank, loading, writing in rows:
         assert loading < whole / 4 + largest + 30e6, (rank, loading)
         assert writing < 3 * largest, (rank, writing)
     again = load_file(tmp_path / "out" / "final" / "model.safetensors")
-    assert all(torch.equal(again[name], tensor.float()) for name, tensor in model.state_dict().items())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again[name], tensor.float()), name
 
 
 def test_two_processes_sample_the_same_texts(pipeline):
-    one, two = (pipeline.config(sample, f"sample_{n}") for n in ("one", "two"))
+    one = pipeline.config(sample, "sample_one")
+    two = pipeline.config(sample, "sample_two")
     sample.main(one)
     torchrun("sample", two)
-    rows = [[json.loads(line) for line in (Path(cfg.out_dir) / "samples.jsonl").read_text().splitlines()]
-            for cfg in (one, two)]  # fmt: skip
-    assert len(rows[0]) == 21
-    for a, b in zip(*rows):
-        assert a["response"] == b["response"]
-        np.testing.assert_allclose([a["score"], a["kl"]], [b["score"], b["kl"]], rtol=ROUNDING, atol=ROUNDING)
+    first = read_samples(one)
+    second = read_samples(two)
+    assert len(first) == 21
+    for ours, theirs in zip(first, second, strict=True):
+        assert ours["response"] == theirs["response"]
+        for key in ("score", "kl"):
+            np.testing.assert_allclose(ours[key], theirs[key], rtol=ROUNDING, atol=ROUNDING)
+
+
+def read_samples(cfg):
+    return [json.loads(line) for line in (Path(cfg.out_dir) / "samples.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
-@pytest.mark.parametrize("n, micro", [(8, 1), (21, 4), (5, 8), (1, 2)])
-def test_share_deals_every_row_and_equal_counts(size, n, micro):
+@pytest.mark.parametrize("n_rows, micro_batch_size", [(8, 1), (21, 4), (5, 8), (1, 2)])
+def test_split_rows_deals_every_row_and_equal_counts(size, n_rows, micro_batch_size):
     """Ranks run sharded models in lockstep, so all must have the same number of micro-batches of the same size."""
-    lengths = np.random.default_rng(n).integers(1, 50, n)
+    lengths = np.random.default_rng(n_rows).integers(1, 50, n_rows)
     dealt = []
     for rank in range(size):
-        run = object.__new__(runtime.Run)
-        run.rank, run.size = rank, size
-        dealt.append(run.share(lengths, micro))
-    assert len({tuple(len(index) for index in mine) for mine in dealt}) == 1
-    rows = np.concatenate([index for mine in dealt for index in mine])
-    assert set(rows) == set(range(n)) and len(rows) == -(-n // size) * size
-    for mine in dealt:
-        ordered = lengths[np.concatenate(mine)[: n // size]]
+        world = SimpleNamespace(rank=rank, size=size)
+        dealt.append(World.split_rows(world, lengths, micro_batch_size))
+    counts = {tuple(map(len, micro_batches)) for micro_batches in dealt}
+    assert len(counts) == 1
+    rows = np.concatenate([indices for micro_batches in dealt for indices in micro_batches])
+    assert set(rows) == set(range(n_rows))
+    assert len(rows) == -(-n_rows // size) * size
+    for micro_batches in dealt:
+        ordered = lengths[np.concatenate(micro_batches)[: n_rows // size]]
         assert (np.diff(ordered) <= 0).all()  # longest first

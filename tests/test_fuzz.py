@@ -25,18 +25,22 @@ import torch
 from hypothesis import HealthCheck, assume, event, given, note, settings
 from hypothesis import strategies as st
 
-import configurator
-import data
 import dpo
 import ppo
 import rm
 import sample
 import sft
-from configurator import UserError
+from configurator import UserError, configure
+from data import load_rows
+from evals import winrate
+from hub.tokenizer import Tokenizer
 from model import GPTNeoX, GPTNeoXConfig, ScalarModel
 from toy.make_data import make_tokenizer
+from variants import grpo, kl_penalty, ppo_max, rloo, truly_ppo
 
-SECONDS, MEMORY = 30, 2**31  # what no load of the tiny inputs here may take; a normal one takes 10 ms and 1 MB
+# What no load of the tiny inputs here may take; a normal one takes 10 ms and 1 MB.
+SECONDS = 30
+MEMORY = 2**31
 FIXED_RUN = settings(derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 
 # Texts that stand for JSON which json.dumps would not write; `render` puts it in their place. (Not nested deeper,
@@ -247,7 +251,7 @@ SAMPLE = "SUBREDDIT: r/pets\n\nTITLE: é e\u0301\n\nPOST:   Anna's 12 \x00\xff \
 
 def read_tokenizer(path):
     """Load, encode and decode: whatever loads must give ids below its own n_vocab, and take any text."""
-    tokenizer = data.Tokenizer.load(str(path))
+    tokenizer = Tokenizer.load(str(path))
     for text in ("", SAMPLE, "".join(map(chr, range(1, 400)))):
         ids = [*tokenizer.encode(text), tokenizer.eos_id]
         assert all(type(id) is int and 0 <= id < tokenizer.n_vocab for id in ids), ids
@@ -543,13 +547,14 @@ def read_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)  # it asks the network
     (tmp_path / "tokenizer.json").write_bytes(render(TOKENIZER))
-    tokenizer, number = data.Tokenizer.load(str(tmp_path)), itertools.count()
+    tokenizer = Tokenizer.load(str(tmp_path))
+    number = itertools.count()
 
     def read(case):
         content, options = case
         path = tmp_path / f"{next(number)}.jsonl"  # a new name each, since `datasets` remembers files
         path.write_bytes(content)
-        rows = data.load_rows(str(path), "train", tokenizer, **options)
+        rows = load_rows(str(path), "train", tokenizer, **options)
         assert len(rows)
         for row in rows:
             assert row["query"] and len(row["responses"]) >= options["n_responses"]
@@ -586,7 +591,7 @@ def test_columns_of_mixed_types(read_rows, path):
 # ---------------------------------------------------------------------------- configuration
 
 
-STAGES = (sft, rm, ppo, dpo, sample)
+STAGES = (sft, rm, ppo, dpo, sample, winrate, grpo, kl_penalty, ppo_max, rloo, truly_ppo)
 KEYS = sorted({key for stage in STAGES for key in stage.Config.__dataclass_fields__})
 # values as they may stand behind `key =` in a file; none of them costs time to compute
 LITERALS = ["1", "0", "-1", "1e-5", "1_000", "0x10", "1e999", "-1e999", "1e999 - 1e999", "10**400", "10**5000",
@@ -635,7 +640,7 @@ def test_config_file(tmp_path):
     def load(case):
         stage, content = case
         path.write_bytes(content)
-        configurator.configure(stage.Config, [str(path)])
+        configure(stage.Config, [str(path)])
 
     assert outcome(lambda: load((sft, b"lr = 1e-5\nbatch_size = 8\n"))) == "loaded"
     fuzz(st.tuples(st.sampled_from(STAGES), config_files()), load, 400)
@@ -643,12 +648,12 @@ def test_config_file(tmp_path):
 
 def test_command_line(tmp_path):
     """Keys and values that a shell can pass on: a text without NUL, with bytes that are no UTF-8 as surrogates."""
-    assert outcome(lambda: configurator.configure(sft.Config, ["--lr=1e-5", "--scratch"])) == "loaded"
-    fuzz(arguments(), lambda case: configurator.configure(*case), 500)
+    assert outcome(lambda: configure(sft.Config, ["--lr=1e-5", "--scratch"])) == "loaded"
+    fuzz(arguments(), lambda case: configure(*case), 500)
 
 
 @pytest.mark.parametrize("name", ["none.py", "a\nb.py", "", "\udcff", "a" * 300, "directory"])
 def test_config_path(tmp_path, name):
     """A path of a config file that is not there, or is no file."""
     (tmp_path / "directory").mkdir()
-    assert outcome(lambda: configurator.configure(sft.Config, [str(tmp_path) + "/" + name])) == "refused"
+    assert outcome(lambda: configure(sft.Config, [str(tmp_path) + "/" + name])) == "refused"

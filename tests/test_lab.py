@@ -1,5 +1,6 @@
 """The laboratory's arithmetic against brute force, its mistakes on a tiny pipeline, its figures and tables."""
 
+import functools
 import itertools
 import json
 
@@ -7,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from pipeline import metrics
+from torch.nn.modules.module import register_module_forward_hook
 
 import ppo
 import sft
 from data import load_rows
+from model import GPTNeoX
 
 pytest.importorskip("matplotlib")
 from lab import lab, report  # noqa: E402
@@ -49,34 +52,56 @@ def test_eos_as_padding_leaves_only_eos_out_of_the_loss(pipeline):
     tokenizer = lab.Tokenizer.load(str(pipeline.data))
     rows = load_rows(cfg.data, "validation", tokenizer, n_responses=1)[:4]
     whole = sft.model_inputs(rows, "response", "cpu")
-    with lab.eos_is_padding():
-        without = sft.model_inputs(rows, "response", "cpu")
+    without = lab.eos_is_padding(rows, "response", "cpu")
     lost = whole[3] & ~without[3]
-    assert lost.sum(1).tolist() == [1] * 4 and (whole[2][lost] == 0).all()
+    assert lost.sum(1).tolist() == [1] * 4
+    assert (whole[2][lost] == 0).all()
     for left, right in zip(whole[:3], without[:3]):
         assert torch.equal(left, right)
 
 
+def test_eos_as_padding_leaves_a_model_that_does_not_end(pipeline):
+    losses = {}
+    for name, doors in (("right", {}), ("eos", {"inputs": lab.eos_is_padding})):
+        cfg = pipeline.config(sft, f"lab_sft_{name}", episodes=80, lr=5e-3)
+        sft.main(cfg, **doors)
+        model = GPTNeoX.from_pretrained(f"{cfg.out_dir}/final").requires_grad_(False)
+        rows = load_rows(cfg.data, "validation", lab.Tokenizer.load(str(pipeline.data)), n_responses=1)[:]
+        ids, select, targets, _ = sft.model_inputs(rows, "response", "cpu")
+        losses[name] = -model.logprobs(ids, select, targets)[targets == lab.EOS].mean().item()
+    assert losses["eos"] > losses["right"] + 1
+
+
 def test_dropout_breaks_the_first_ratio_and_the_first_kl(pipeline):
-    runs = {}
-    for name, patch in (("right", None), ("dropout", lab.dropout(0.2))):
-        cfg = pipeline.config(ppo, f"lab_{name}", kl_coef=0.1)
-        if patch:
-            with patch:
-                ppo.main(cfg)
-        else:
-            ppo.main(cfg)
-        runs[name] = metrics(cfg)[0]
-    assert runs["right"]["objective/kl"] == 0 and abs(runs["right"]["val/ratio"] - 1) < 1e-5
-    assert abs(runs["dropout"]["objective/kl"]) > 1e-3 and abs(runs["dropout"]["val/ratio"] - 1) > 1e-4
+    cfg = pipeline.config(ppo, "lab_right", kl_coef=0.1)
+    ppo.main(cfg)
+    right = metrics(cfg)[0]
+    cfg = pipeline.config(ppo, "lab_dropout", kl_coef=0.1)
+    with register_module_forward_hook(functools.partial(lab.dropout, p=0.2)):
+        ppo.main(cfg)
+    wrong = metrics(cfg)[0]
+    assert right["objective/kl"] == 0 and abs(right["val/ratio"] - 1) < 1e-5
+    assert abs(wrong["objective/kl"]) > 1e-3 and abs(wrong["val/ratio"] - 1) > 1e-4
 
 
-def test_generation_logprobs_are_those_of_the_samples(pipeline, monkeypatch):
-    taken, prepare = [], ppo.prepare
-    monkeypatch.setattr(ppo, "prepare", lambda cfg, batch, *rest: taken.append(batch) or prepare(cfg, batch, *rest))
-    with lab.generation_logprobs():
-        ppo.main(pipeline.config(ppo, "lab_generation"))
-    assert taken and all(batch["logprobs"] is batch["sampled_logprobs"] for batch in taken)
+def test_generation_logprobs_are_those_of_the_samples(pipeline):
+    taken = []
+
+    def advantages(cfg, batch, state):
+        recomputed = batch["logprobs"]
+        batch = lab.generation_logprobs(cfg, batch, state)
+        taken.append((recomputed, batch))
+        return batch
+
+    cfg = pipeline.config(ppo, "lab_generation")
+    ppo.main(cfg, advantages=advantages)
+    assert len(taken) == 2
+    for recomputed, batch in taken:
+        assert batch["logprobs"] is batch["sampled_logprobs"] is not recomputed
+        kl = (batch["sampled_logprobs"] - batch["ref_logprobs"]) * batch["mask"]
+        assert torch.equal(batch["kl"], kl)
+    # By its definition, the gap between the old log-probabilities and those of generation is now 0.
+    assert [row["val/generation_gap"] for row in metrics(cfg)] == [0, 0]
 
 
 # ---------------------------------------------------------------------------- figures and tables

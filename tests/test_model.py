@@ -1,7 +1,8 @@
-"""model.py against transformers' GPT-NeoX and float64 NumPy: logits, files, generation, the scalar model.
+"""The network against transformers' GPT-NeoX and float64 NumPy: logits, files, generation, the scalar model.
 
-The oracles share no code with model.py. Weights are random and large, LayerNorms included (`randomise`), so
-that a wrong norm, activation, rotary layout or head order moves the logits by per cents, not by rounding.
+The oracles share no code with model.py, generation.py, fast.py and hub/. Weights are random and large, LayerNorms
+included (`randomise`), so that a wrong norm, activation, rotary layout or head order moves the logits by per cents, not
+by rounding.
 """
 
 import json
@@ -12,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import fast
 from configurator import UserError
-from model import GPTNeoX, GPTNeoXConfig, ScalarModel, generate, token_logprobs
+from generation import generate
+from model import GPTNeoX, GPTNeoXConfig, ScalarModel, token_logprobs
 
 transformers = pytest.importorskip("transformers")
 
@@ -34,13 +37,15 @@ def randomise(model, seed):
     """Weights for which activations keep a size of about 1 and attention is far from uniform."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for name, parameter in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
-                p.uniform_(0.5, 1.5, generator=generator)
+                parameter.uniform_(0.5, 1.5, generator=generator)
             elif name.endswith("bias"):
-                p.normal_(0, 0.3, generator=generator)
+                parameter.normal_(0, 0.3, generator=generator)
+            elif "embed_in" in name:
+                parameter.normal_(0, 1, generator=generator)
             else:
-                p.normal_(0, 1.0 if "embed_in" in name else 1.5 / math.sqrt(p.shape[1]), generator=generator)
+                parameter.normal_(0, 1.5 / math.sqrt(parameter.shape[1]), generator=generator)
     return model
 
 
@@ -73,9 +78,8 @@ def assert_close(ours, theirs, relative=1e-5):
 def write_directory(directory, tensors, config=OLD_CONFIG):
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
-    save_file(
-        {k: v.contiguous() for k, v in tensors.items()}, directory / "model.safetensors", {"format": "pt"}
-    )
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, directory / "model.safetensors", {"format": "pt"})
     return directory
 
 
@@ -92,18 +96,16 @@ def pair(tmp_path_factory):
 def tensors():
     """The tensors of OLD_CONFIG by their names in the hub's files (transformers 5 says lm_head in memory)."""
     state = hub_model(rotary_pct=0.5, rotary_emb_base=500).state_dict()
-    return {k.replace("lm_head.", "embed_out."): v.clone() for k, v in state.items()}
+    return {name.replace("lm_head.", "embed_out."): tensor.clone() for name, tensor in state.items()}
 
 
-# ---- logits ----------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------- logits
 
 SHAPES = {
     "small": {},
     "70m heads": dict(hidden_size=512, num_attention_heads=8, intermediate_size=2048),
     "1b heads": dict(hidden_size=2048, num_attention_heads=8, intermediate_size=512),  # head_dim 256
-    "2.8b heads": dict(
-        hidden_size=2560, num_attention_heads=32, intermediate_size=512
-    ),  # 80, of which 20 turn
+    "2.8b heads": dict(hidden_size=2560, num_attention_heads=32, intermediate_size=512),  # 80, of which 20 turn
     "sequential residual": dict(use_parallel_residual=False),
     "all dimensions rotary": dict(rotary_pct=1.0),
     "other rotary base": dict(rotary_pct=0.5, rotary_emb_base=500),
@@ -121,7 +123,8 @@ def test_logits_match_hub_model(shape, tmp_path):
 
 
 def test_logits_match_hub_model_up_to_the_last_position(pair):
-    theirs, ours = pair
+    theirs = pair[0]
+    ours = pair[1]
     ids = tokens(1, 2048)
     assert_close(logits_of(ours, ids), logits_of(theirs, ids))
 
@@ -144,20 +147,23 @@ def test_rotary_angles_stay_float32_in_a_bfloat16_model(how, tmp_path):
 
 
 def test_select_equals_indexing_the_logits(pair):
-    ours, ids = pair[1], tokens(3, 20)
+    ours = pair[1]
+    ids = tokens(3, 20)
     select = torch.tensor([[0, 5, 19, 7], [3, 3, 2, 1], [18, 19, 0, 0]])
-    full = logits_of(ours, ids)
+    whole = logits_of(ours, ids)
+    expected = torch.stack([whole[row, select[row]] for row in range(3)])
     with torch.no_grad():
-        assert_close(ours(ids, select=select), torch.stack([full[b, select[b]] for b in range(3)]))
+        assert_close(ours(ids, select=select), expected)
 
 
 def test_trailing_pads_leave_the_logits_alone(pair):
-    ours, ids = pair[1], tokens(1, 12)
+    ours = pair[1]
+    ids = tokens(1, 12)
     padded = torch.cat([ids, tokens(1, 9, seed=1)], dim=1)
     assert_close(logits_of(ours, padded)[:, :12], logits_of(ours, ids))
 
 
-# ---- files -----------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize(
@@ -178,14 +184,20 @@ def test_saved_model_loads_in_the_hub_library(changes, tmp_path):
 
 def test_state_dict_is_the_hub_layout(tensors):
     ours = GPTNeoX(GPTNeoXConfig(**SMALL)).state_dict()
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in tensors.items()}
+    shapes = {name: tensor.shape for name, tensor in ours.items()}
+    assert shapes == {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def test_saved_tensors_are_bitwise_the_model(tmp_path):
     ours = GPTNeoX(GPTNeoXConfig(**SMALL))
     ours.save_pretrained(str(tmp_path))
     again = GPTNeoX.from_pretrained(str(tmp_path))
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
+    assert_same_weights(again, ours)
+
+
+def assert_same_weights(one, other):
+    for (name, ours), theirs in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -199,13 +211,12 @@ def test_half_precision_files_load_as_float32(dtype, tmp_path):
 
 
 def test_sharded_files_load(pair, tmp_path):
-    theirs, whole = pair
+    theirs = pair[0]
+    whole = pair[1]
     theirs.save_pretrained(tmp_path, max_shard_size="50KB")
-    assert (tmp_path / "model.safetensors.index.json").exists() and len(
-        list(tmp_path.glob("*.safetensors"))
-    ) > 2
-    ours = GPTNeoX.from_pretrained(str(tmp_path))
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), ours.parameters(), strict=True))
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_same_weights(GPTNeoX.from_pretrained(str(tmp_path)), whole)
 
 
 def test_old_and_new_config_files_give_the_same_logits(tensors, tmp_path):
@@ -221,8 +232,8 @@ def test_old_and_new_config_files_give_the_same_logits(tensors, tmp_path):
 
 def test_old_buffers_are_ignored(tensors, tmp_path):
     buffers = {}
-    for i in range(2):
-        prefix = f"gpt_neox.layers.{i}.attention."
+    for layer in range(2):
+        prefix = f"gpt_neox.layers.{layer}.attention."
         buffers[prefix + "bias"] = torch.tril(torch.ones(1, 1, 8, 8, dtype=torch.uint8))
         buffers[prefix + "masked_bias"] = torch.tensor(-1e9)
         buffers[prefix + "rotary_emb.inv_freq"] = torch.ones(4)
@@ -249,7 +260,7 @@ def refusal(source, cls=GPTNeoX):
     ],
 )
 def test_missing_tensor_is_named(name, tensors, tmp_path):
-    rest = {k: v for k, v in tensors.items() if k != name}
+    rest = {other: tensor for other, tensor in tensors.items() if other != name}
     assert name in refusal(write_directory(tmp_path / "m", rest))
 
 
@@ -265,7 +276,7 @@ def test_unexpected_tensor_is_named(name, tensors, tmp_path):
 def test_misshaped_tensor_is_named(shape, tensors, tmp_path):
     message = refusal(write_directory(tmp_path / "m", {**tensors, "embed_out.weight": torch.ones(shape)}))
     assert "embed_out.weight" in message
-    assert all(str(n) in message for n in shape)
+    assert all(str(size) in message for size in shape)
 
 
 @pytest.mark.parametrize("damage", ["tail lost", "header lost", "garbage", "empty"])
@@ -308,7 +319,7 @@ def test_bad_config_file_is_named(text, tensors, tmp_path):
     assert "config.json" in refusal(directory)
 
 
-# ---- generation ------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------- generation
 
 QUERY_LENS = torch.tensor([5, 12, 1, 9])
 
@@ -320,9 +331,11 @@ def queries(seed=0):
 def hub_greedy(model, ids, lens, n):
     """The hub's own cached generation on left-padded rows; every default which could stop it is cleared."""
     width = ids.shape[1]
-    left, mask = torch.zeros_like(ids), torch.zeros_like(ids)
-    for b, length in enumerate(lens.tolist()):
-        left[b, width - length :], mask[b, width - length :] = ids[b, :length], 1
+    left = torch.zeros_like(ids)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lens.tolist()):
+        left[row, width - length :] = ids[row, :length]
+        mask[row, width - length :] = 1
     settings = transformers.GenerationConfig(
         max_new_tokens=n, min_new_tokens=n, do_sample=False, num_beams=1, eos_token_id=None,
         bos_token_id=None, pad_token_id=0,
@@ -334,8 +347,12 @@ def hub_greedy(model, ids, lens, n):
 
 def uncached_argmax(model, ids, lens, responses):
     """The most likely token at every step of `responses`: one full pass per row, no padding, no cache."""
-    rows = [torch.cat([ids[b, :length], responses[b]])[None] for b, length in enumerate(lens.tolist())]
-    return torch.cat([logits_of(model, row)[:, -responses.shape[1] - 1 : -1].argmax(-1) for row in rows])
+    n_tokens = responses.shape[1]
+    likeliest = []
+    for query, length, response in zip(ids, lens.tolist(), responses, strict=True):
+        logits = logits_of(model, torch.cat([query[:length], response])[None])
+        likeliest.append(logits[:, -n_tokens - 1 : -1].argmax(-1))
+    return torch.cat(likeliest)
 
 
 @pytest.mark.parametrize("changes", [{}, dict(use_parallel_residual=False, rotary_pct=1.0)])
@@ -348,44 +365,44 @@ def test_greedy_generation_matches_hub_generation_with_left_padding(changes, tmp
     assert torch.equal(expected, uncached_argmax(theirs, ids, QUERY_LENS, expected))  # two oracles agree
     assert all(len(row.unique()) > 3 for row in expected)  # one token for ever would hide a broken cache
     responses = generate(ours, ids, QUERY_LENS, 53, 0, None)
-    assert responses.shape == (4, 53) and torch.equal(responses, expected)
+    assert responses.shape == (4, 53)
+    assert torch.equal(responses, expected)
 
 
 def float64_cdfs(theirs, ids, lens, responses, temperature, n_vocab):
     """(B, R, n_vocab) cumulative probabilities, from full forward passes over each unpadded row."""
     cdfs = []
-    for b, length in enumerate(lens.tolist()):
-        row = torch.cat([ids[b, :length], responses[b]])[None]
-        z = logits_of(theirs, row)[0, length - 1 : -1, :n_vocab].double().numpy() / temperature
-        p = np.exp(z - z.max(-1, keepdims=True))
-        cdfs.append(np.cumsum(p / p.sum(-1, keepdims=True), axis=-1))
+    for query, length, response in zip(ids, lens.tolist(), responses, strict=True):
+        logits = logits_of(theirs, torch.cat([query[:length], response])[None])
+        scores = logits[0, length - 1 : -1, :n_vocab].double().numpy() / temperature
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        cdfs.append(np.cumsum(weights / weights.sum(-1, keepdims=True), axis=-1))
     return np.stack(cdfs)
 
 
 @pytest.mark.parametrize("temperature, n_vocab", [(1.0, None), (0.7, None), (1.7, 60)])
 def test_sampling_inverts_the_cdf(temperature, n_vocab, pair):
-    theirs, ours = pair
-    ids, u = queries(), uniform(4, 30)
-    responses = generate(ours, ids, QUERY_LENS, 30, temperature, u, n_vocab=n_vocab)
+    theirs = pair[0]
+    ours = pair[1]
+    ids = queries()
+    draws = uniform(4, 30)
+    responses = generate(ours, ids, QUERY_LENS, 30, temperature, draws, n_vocab=n_vocab)
     cdfs = float64_cdfs(theirs, ids, QUERY_LENS, responses, temperature, n_vocab)
     checked = 0
-    for b, t in np.ndindex(4, 30):
-        if (
-            np.abs(cdfs[b, t] - u[b, t].item()).min() > 1e-4
-        ):  # else float32 may fall on either side of the edge
-            assert responses[b, t] == np.searchsorted(cdfs[b, t], u[b, t].item(), side="right")
+    for place in np.ndindex(4, 30):
+        cdf = cdfs[place]
+        draw = draws[place].item()
+        # Nearer than that, float32 may fall on either side of the edge.
+        if np.abs(cdf - draw).min() > 1e-4:
+            assert responses[place] == np.searchsorted(cdf, draw, side="right")
             checked += 1
     assert checked > 100  # of 120: about 97 edges x 2e-4 = 2 % are skipped
 
 
 def constant_model(logits):
     """A model whose logits are the given vector, whatever it reads: the last norm gives (1, 0, 0, ...)."""
-    config = GPTNeoXConfig(
-        **{
-            **SMALL, "vocab_size": len(logits), "num_hidden_layers": 1, "hidden_size": 16,
-            "intermediate_size": 16, "num_attention_heads": 2,
-        }
-    )
+    config = GPTNeoXConfig(vocab_size=len(logits), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                           intermediate_size=16)  # fmt: skip
     model = GPTNeoX(config)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -395,23 +412,22 @@ def constant_model(logits):
     return model
 
 
-def generate_constant(logits, u, temperature=1.0, **settings):
-    batch, n = u.shape
-    ids = torch.zeros(
-        batch, 3, dtype=torch.long
-    )  # id 0, which below is also EOS: in a query it stops nothing
-    return generate(constant_model(logits), ids, torch.full((batch,), 3), n, temperature, u, **settings)
+def generate_constant(logits, draws, temperature=1.0, **settings):
+    n_rows, n_tokens = draws.shape
+    ids = torch.zeros(n_rows, 3, dtype=torch.long)  # id 0, which below is also EOS: in a query it stops nothing
+    query_lens = torch.full((n_rows,), 3)
+    return generate(constant_model(logits), ids, query_lens, n_tokens, temperature, draws, **settings)
 
 
 def test_sampled_frequencies_are_the_softmax():
-    z = np.array([0.0, 1.0, -1.0, 2.0, 0.5, -3.0])
-    p = np.exp(z / 0.7) / np.exp(z / 0.7).sum()
-    responses = generate_constant(z, uniform(500, 20), 0.7).numpy()
+    logits = np.array([0.0, 1.0, -1.0, 2.0, 0.5, -3.0])
+    probs = np.exp(logits / 0.7) / np.exp(logits / 0.7).sum()
+    responses = generate_constant(logits, uniform(500, 20), 0.7).numpy()
     observed = np.bincount(responses.ravel(), minlength=6)
-    chi2 = ((observed - 1e4 * p) ** 2 / (1e4 * p)).sum()
-    assert chi2 < 5 + 5 * math.sqrt(
-        2 * 5
-    )  # mean of chi-square with 5 degrees of freedom + 5 of its deviations
+    expected = 1e4 * probs
+    chi_square = ((observed - expected) ** 2 / expected).sum()
+    # the mean of a chi-square with 5 degrees of freedom, and 5 of its deviations
+    assert chi_square < 5 + 5 * math.sqrt(2 * 5)
 
 
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
@@ -423,43 +439,43 @@ def test_ids_from_n_vocab_up_are_never_generated(temperature):
     if temperature == 0:
         assert (responses == 29).all()
     else:
-        plain = generate_constant(logits[:30], uniform(64, 20), temperature)
-        assert (
-            responses == plain
-        ).float().mean() > 0.99  # the same draws: the excluded ids take no probability
+        # By the same draws: the excluded ids take no probability.
+        without = generate_constant(logits[:30], uniform(64, 20), temperature)
+        assert (responses == without).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("seed", [0, 3])  # on a CPU the sum of seed 0 ends at 1 - 2^-23, that of 3 above 1
 def test_largest_uniform_gives_a_possible_token(seed):
     """A float32 running sum over 50,277 probabilities can end below the largest uniform, 1 - 2^-24."""
-    z = torch.randn(50304, generator=torch.Generator().manual_seed(seed))
-    z[50267:50277] = -1e4  # the last ids of the tokenizer have no probability
-    responses = generate_constant(z, torch.full((8, 4), 1 - 2**-24), n_vocab=50277)
+    logits = torch.randn(50304, generator=torch.Generator().manual_seed(seed))
+    logits[50267:50277] = -1e4  # the last ids of the tokenizer have no probability
+    responses = generate_constant(logits, torch.full((8, 4), 1 - 2**-24), n_vocab=50277)
     assert responses.max() < 50267
     assert responses.min() > 50267 * 0.99  # it stands for the end of the distribution
 
 
 def test_token_of_probability_zero_is_never_drawn():
     logits = [-1e4, 0.0, -1e4, 0.0, -1e4]  # exp underflows to exactly 0
-    u = torch.tensor([[0.0, 0.25, 0.75, 1 - 2**-24]])  # a uniform may be exactly 0
-    assert generate_constant(logits, u).tolist() == [[1, 1, 3, 3]]
+    draws = torch.tensor([[0.0, 0.25, 0.75, 1 - 2**-24]])  # a uniform may be exactly 0
+    assert generate_constant(logits, draws).tolist() == [[1, 1, 3, 3]]
 
 
 def test_columns_after_eos_hold_eos():
-    z, u = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0]), uniform(64, 25)
-    free, stopped = generate_constant(z, u), generate_constant(z, u, eos_id=0)
+    logits = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
+    free = generate_constant(logits, uniform(64, 25))
+    stopped = generate_constant(logits, uniform(64, 25), eos_id=0)
     expected = free.clone()
     for row in expected:
         places = (row == 0).nonzero()
         if len(places):
             row[places[0] :] = 0
-    assert (expected != free).any() and torch.equal(stopped, expected)
+    assert (expected != free).any()
+    assert torch.equal(stopped, expected)
 
 
 def test_generation_has_full_width_when_every_row_stops_at_once():
-    assert torch.equal(
-        generate_constant([50.0, 0.0], uniform(3, 7), eos_id=0), torch.zeros(3, 7, dtype=torch.long)
-    )
+    responses = generate_constant([50.0, 0.0], uniform(3, 7), eos_id=0)
+    assert torch.equal(responses, torch.zeros(3, 7, dtype=torch.long))
 
 
 def test_eos_other_than_zero_is_kept():
@@ -469,93 +485,108 @@ def test_eos_other_than_zero_is_kept():
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_generation_ignores_pad_columns(temperature, pair):
-    ours, u = pair[1], uniform(4, 20)
-    first = queries()
-    second = torch.cat([first, tokens(4, 5, seed=8)], dim=1)  # wider, and other ids in the pads
-    for b, length in enumerate(QUERY_LENS.tolist()):
-        second[b, length:] = tokens(17 - length, seed=9 + b)
-    a = generate(ours, first, QUERY_LENS, 20, temperature, u)
-    b = generate(ours, second, QUERY_LENS, 20, temperature, u)
-    for row, length in zip(second, QUERY_LENS.tolist(), strict=True):
+    narrow = queries()
+    wider = torch.cat([narrow, tokens(4, 5, seed=8)], dim=1)
+    for number, length in enumerate(QUERY_LENS.tolist()):
+        wider[number, length:] = tokens(17 - length, seed=9 + number)  # other ids in the pads
+    padded = wider.clone()
+    for row, length in zip(padded, QUERY_LENS.tolist(), strict=True):
         row[length:] = 50277  # the tokenizer's pad id, which this model does not have
-    c = generate(ours, second, QUERY_LENS, 20, temperature, u)
-    assert torch.equal(a, b) and torch.equal(a, c)
+    results = [generate(pair[1], ids, QUERY_LENS, 20, temperature, uniform(4, 20)) for ids in (narrow, wider, padded)]
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_generation_ignores_the_other_rows(temperature, pair):
-    ours, ids, u = pair[1], queries(), uniform(4, 20)
-    together = generate(ours, ids, QUERY_LENS, 20, temperature, u)
-    for b, length in enumerate(QUERY_LENS.tolist()):
-        alone = generate(ours, ids[b : b + 1, :length], QUERY_LENS[b : b + 1], 20, temperature, u[b : b + 1])
-        assert torch.equal(alone[0], together[b])
+    ours = pair[1]
+    ids = queries()
+    draws = uniform(4, 20)
+    together = generate(ours, ids, QUERY_LENS, 20, temperature, draws)
+    for number, length in enumerate(QUERY_LENS.tolist()):
+        row = slice(number, number + 1)
+        alone = generate(ours, ids[row, :length], QUERY_LENS[row], 20, temperature, draws[row])
+        assert torch.equal(alone[0], together[number])
 
 
 def test_generation_leaves_its_inputs_and_the_model_alone(pair):
-    ours, ids, u = pair[1], queries(), uniform(4, 6)
-    before = [ids.clone(), u.clone(), QUERY_LENS.clone()], logits_of(ours, ids)
-    a, b = (generate(ours, ids, QUERY_LENS, 6, 1.0, u) for _ in range(2))
-    assert torch.equal(a, b) and not a.requires_grad
-    assert all(torch.equal(x, y) for x, y in zip(before[0], [ids, u, QUERY_LENS], strict=True))
-    assert torch.equal(logits_of(ours, ids), before[1])
+    ours = pair[1]
+    inputs = [queries(), QUERY_LENS.clone(), uniform(4, 6)]
+    before = [tensor.clone() for tensor in inputs]
+    logits_before = logits_of(ours, inputs[0])
+
+    def responses():
+        ids, query_lens, draws = inputs
+        return generate(ours, ids, query_lens, 6, 1.0, draws)
+
+    first = responses()
+    assert torch.equal(responses(), first)
+    assert not first.requires_grad
+    assert all(map(torch.equal, inputs, before))
+    assert torch.equal(logits_of(ours, inputs[0]), logits_before)
 
 
-# ---- token_logprobs --------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------- token_logprobs
+
+LOGPROBS = [pytest.param(token_logprobs, id="plain"), pytest.param(fast.token_logprobs, id="fast")]
 
 
 def numpy_logprobs(logits, ids, temperature, n_vocab):
-    z = logits.double().numpy()[..., :n_vocab] / temperature
+    scores = logits.double().numpy()[..., :n_vocab] / temperature
     out = np.empty(ids.shape)
-    for index in np.ndindex(*ids.shape):
-        row = z[index] - z[index].max()
-        out[index] = row[ids[index]] - np.log(np.exp(row).sum())
+    for place in np.ndindex(*ids.shape):
+        shifted = scores[place] - scores[place].max()
+        out[place] = shifted[ids[place]] - np.log(np.exp(shifted).sum())
     return out
 
 
+@pytest.mark.parametrize("function", LOGPROBS)
 @pytest.mark.parametrize("n_vocab", [None, 50])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_token_logprobs_match_float64(temperature, n_vocab):
+def test_token_logprobs_match_float64(temperature, n_vocab, function):
     logits = 10 * torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(0))
     logits[0, 0] += 1e4  # exp of this overflows
     logits[..., 50:] += 30  # excluded ids would dominate
     ids = tokens(3, 7, vocab_size=50)
-    got = token_logprobs(logits, ids, temperature=temperature, n_vocab=n_vocab)
-    assert got.dtype == torch.float32 and got.shape == (3, 7)
+    got = function(logits, ids, temperature=temperature, n_vocab=n_vocab)
+    assert got.dtype == torch.float32
+    assert got.shape == (3, 7)
     # float32 holds logits of 1e4 / 0.7 to 1e-3 (spacing 2^-10), all others (below 100 / 0.7) to 2^-17
     tolerance = np.full((3, 7), 4 * 2.0**-16)
     tolerance[0, 0] = 4 * 2.0**-10
-    assert (
-        np.abs(got.double().numpy() - numpy_logprobs(logits, ids, temperature, n_vocab)) <= tolerance
-    ).all()
+    error = np.abs(got.double().numpy() - numpy_logprobs(logits, ids, temperature, n_vocab))
+    assert (error <= tolerance).all()
 
 
-def test_token_logprobs_of_bfloat16_logits_are_computed_in_float32():
+@pytest.mark.parametrize("function", LOGPROBS)
+def test_token_logprobs_of_bfloat16_logits_are_computed_in_float32(function):
     logits = (5 * torch.randn(2, 5, 300, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
     ids = tokens(2, 5, vocab_size=300)
-    got = token_logprobs(logits, ids, temperature=0.7)
+    got = function(logits, ids, temperature=0.7)
     assert got.dtype == torch.float32
     # a division or log-softmax in bfloat16 is off by 2^-8 of values of about 10
     np.testing.assert_allclose(got.numpy(), numpy_logprobs(logits, ids, 0.7, None), atol=1e-5, rtol=1e-6)
 
 
-def test_token_logprobs_gradient_is_onehot_minus_softmax():
+@pytest.mark.parametrize("function", LOGPROBS)
+def test_token_logprobs_gradient_is_onehot_minus_softmax(function):
     logits = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(0)).requires_grad_()
     ids = tokens(2, 3, vocab_size=15)
-    token_logprobs(logits, ids, temperature=0.7, n_vocab=15).sum().backward()
-    p = np.exp(logits.detach().double().numpy()[..., :15] / 0.7)
+    function(logits, ids, temperature=0.7, n_vocab=15).sum().backward()
+    weights = np.exp(logits.detach().double().numpy()[..., :15] / 0.7)
     expected = np.zeros((2, 3, 20))
-    expected[..., :15] = -p / p.sum(-1, keepdims=True)
-    for index in np.ndindex(2, 3):
-        expected[index][ids[index]] += 1
+    expected[..., :15] = -weights / weights.sum(-1, keepdims=True)
+    for place in np.ndindex(2, 3):
+        expected[place][ids[place]] += 1
     np.testing.assert_allclose(logits.grad.numpy(), expected / 0.7, atol=1e-6)
 
 
-# ---- the scalar model ------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------- the scalar model
 
 
 @pytest.fixture(scope="module")
 def scalar_tensors(tensors):
-    body = {k: v for k, v in tensors.items() if k != "embed_out.weight"}
+    body = {name: tensor for name, tensor in tensors.items() if name != "embed_out.weight"}
     return {**body, "score.weight": torch.randn(1, 64), "score.bias": torch.tensor([0.7])}
 
 
@@ -576,11 +607,10 @@ def test_scalar_model_round_trip_keeps_the_head(scalar_tensors, tmp_path):
     ours.save_pretrained(str(tmp_path / "again"))
     saved = load_file(tmp_path / "again" / "model.safetensors")
     assert saved.keys() == scalar_tensors.keys()
-    assert all(torch.equal(saved[k], scalar_tensors[k]) for k in saved)
+    assert all(torch.equal(saved[name], scalar_tensors[name]) for name in saved)
     ids = tokens(2, 10)
-    assert torch.equal(
-        logits_of(ScalarModel.from_pretrained(str(tmp_path / "again")), ids), logits_of(ours, ids)
-    )
+    again = ScalarModel.from_pretrained(str(tmp_path / "again"))
+    assert torch.equal(logits_of(again, ids), logits_of(ours, ids))
 
 
 def test_scalar_head_starts_with_the_published_deviation():
@@ -589,7 +619,8 @@ def test_scalar_head_starts_with_the_published_deviation():
     config = GPTNeoXConfig(**{**SMALL, "hidden_size": 1024, "num_hidden_layers": 1, "intermediate_size": 16})
     parameters = dict(ScalarModel(config).named_parameters())
     weight = parameters["score.weight"].detach().double()
-    assert weight.numel() == 1024 and parameters["score.bias"].tolist() == [0.0]
+    assert weight.numel() == 1024
+    assert parameters["score.bias"].tolist() == [0.0]
     # 5 standard errors: of a deviation from n normal values 1 / sqrt(2 n), of a mean std / sqrt(n)
     assert abs(weight.std().item() * math.sqrt(1025) - 1) < 5 / math.sqrt(2 * 1024)
     assert abs(weight.mean().item()) < 5 / 1025

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pipeline import EVERYTHING, ROOT, metrics, ranked, same_metrics, write_rows
+from pipeline import EVERYTHING, ROOT, metrics, ranked, read_rows, same_metrics, write_rows
 from safetensors.torch import load_file
+from test_stages import hub_scalars
 from transformers import GPTNeoXForCausalLM
 
 import dpo
@@ -16,28 +17,31 @@ import rm
 import sample
 import sft
 from configurator import UserError, configure
-from data import Tokenizer, batch_rows, load_rows
-from model import ScalarModel, full
+from data import Tokenizer, batch_indices, load_rows
+from model import ScalarModel
+from variants import dpo_losses, ppo_max
 
 FORWARD = 1e-4  # as in test_stages: float32 forward passes of this size agree to about 1e-5 nats per token
 
 
 @pytest.fixture
-def ppo_run(pipeline, monkeypatch):
-    """ppo_run(name, **options) -> (rows of metrics, what ppo.prepare returned at each update); two updates of 8."""
+def ppo_run(pipeline):
+    """ppo_run(name, **options) -> rows of metrics, and the batch of each update with its advantages; two updates of 8.
 
-    def run(name, score=None, **options):
-        batches, prepare = [], ppo.prepare
+    stage: ppo, or the variant whose options they are.
+    """
 
-        def keep(*args, **kwargs):
-            batches.append(prepare(*args, **kwargs))
+    def run(name, score=None, stage=ppo, before_step=None, after_update=None, **options):
+        batches = []
+
+        def advantages(cfg, batch, state):
+            batches.append(stage.advantages(cfg, batch, state))
             return batches[-1]
 
-        monkeypatch.setattr(ppo, "prepare", keep)
-        cfg = pipeline.config(ppo, f"option_{name}", **{"eval_split": "", "samples_every": 0, **options})
-        ppo.main(cfg, score)
-        monkeypatch.setattr(ppo, "prepare", prepare)
-        return metrics(cfg), [{key: x.double().numpy() for key, x in batch.items()} for batch in batches]
+        cfg = pipeline.config(stage, f"option_{name}", **{"eval_split": "", "samples_every": 0, **options})
+        ppo.main(cfg, score, advantages, before_step=before_step, after_update=after_update)
+        arrays = [{key: column.double().numpy() for key, column in batch.items()} for batch in batches]
+        return metrics(cfg), arrays
 
     return run
 
@@ -46,8 +50,8 @@ def policy(pipeline, name):
     return load_file(pipeline.directory / f"option_{name}" / "final" / "model.safetensors")
 
 
-def same_weights(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+def same_weights(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def paid(batch, kl_coef=0.05):
@@ -56,7 +60,8 @@ def paid(batch, kl_coef=0.05):
 
 
 def gae_by_hand(batch, gamma=1.0, lam=0.95):
-    rewards, values = batch["rewards"], batch["values"]
+    rewards = batch["rewards"]
+    values = batch["values"]
     advantages = np.zeros_like(rewards)
     for t in range(rewards.shape[1]):
         for later in range(t, rewards.shape[1]):
@@ -82,7 +87,9 @@ def test_truncate_token_ends_responses_and_truncate_after_waits_for_it(pipeline,
         return [5.0] * len(responses)
 
     for after in (0, 4):
-        rows, (first, _) = ppo_run(f"truncate{after}", score, truncate_token=period, truncate_after=after)
+        rows, batches = ppo_run(f"truncate{after}", score, truncate_token=period, truncate_after=after)
+        assert len(batches) == 2
+        first = batches[0]
         ended = 0
         for row, response in enumerate(first["responses"].astype(int).tolist()):
             places = [place for place, token in enumerate(response) if token == period and place >= after]
@@ -92,19 +99,21 @@ def test_truncate_token_ends_responses_and_truncate_after_waits_for_it(pipeline,
             assert first["mask"][row].sum() == first["last"][row] + 1
             if places:
                 assert tokenizer.decode(response[: places[0] + 1]) in seen  # what is scored ends with the period
-        assert ended > 0 and rows[0]["val/num_eos_tokens"] == ended
+        assert ended > 0
+        assert rows[0]["val/num_eos_tokens"] == ended
 
 
 def test_truncated_responses_are_scored_at_an_eos_behind_them(pipeline, ppo_run):
     """The reward model was trained at EOS alone (detail 13); samples.jsonl shows what was scored."""
     tokenizer = Tokenizer.load(str(pipeline.sft))
     (period,) = tokenizer.encode(".")
-    _, (first, _) = ppo_run("truncate_rm", truncate_token=period, samples_every=1)
+    _, batches = ppo_run("truncate_rm", truncate_token=period, samples_every=1)
+    first = batches[0]
     model = ScalarModel.from_pretrained(pipeline.rm)
     posts = load_rows(f"{pipeline.data}/sft_{{split}}.jsonl", "train", tokenizer)
-    lines = (pipeline.directory / "option_truncate_rm" / "samples.jsonl").read_text().splitlines()
-    samples, ended = [json.loads(line) for line in lines], 0
-    for row, index in enumerate(batch_rows(len(posts), 8, 0, pipeline.config(ppo, "unused").seed)):
+    samples = read_rows(pipeline.directory / "option_truncate_rm" / "samples.jsonl")
+    ended = 0
+    for row, index in enumerate(batch_indices(len(posts), 8, 0, pipeline.config(ppo, "unused").seed)):
         response = first["responses"][row].astype(int).tolist()
         text = response[: response.index(period) + 1] if period in response else response
         if row < 4:
@@ -118,17 +127,18 @@ def test_truncated_responses_are_scored_at_an_eos_behind_them(pipeline, ppo_run)
 
 @pytest.mark.parametrize("how", ["scale", "normalize"])
 def test_reward_norm_uses_the_moments_of_all_scores_so_far(ppo_run, how):
-    _, batches = ppo_run(f"norm_{how}", reward_norm=how)
+    _, batches = ppo_run(f"norm_{how}", stage=ppo_max, reward_norm=how)
     scores = [batch["scores"] for batch in batches]
     for number, batch in enumerate(batches, 1):
         so_far = np.concatenate(scores[:number])
         mean = so_far.mean() if how == "normalize" else 0.0
         np.testing.assert_allclose(paid(batch), (batch["scores"] - mean) / so_far.std(ddof=1), atol=REWARDS)
-    assert len(batches) == 2 and scores[0].std() > 0
+    assert len(batches) == 2
+    assert scores[0].std() > 0
 
 
 def test_reward_clip_bounds_what_is_paid(ppo_run):
-    rows, batches = ppo_run("reward_clip", reward_norm="normalize", reward_clip=0.3)
+    rows, batches = ppo_run("reward_clip", stage=ppo_max, reward_norm="normalize", reward_clip=0.3)
     assert max(np.abs(paid(batch)).max() for batch in batches) == pytest.approx(0.3, abs=REWARDS)
     assert rows[0]["objective/scores"] == pytest.approx(batches[0]["scores"].mean(), abs=REWARDS)  # reported as it is
 
@@ -148,9 +158,10 @@ def test_whiten_advantages_off_leaves_them_as_they_are(ppo_run):
 
 
 def test_advantage_clip_bounds_whitened_advantages(ppo_run):
-    _, batches = ppo_run("advantage_clip", advantage_clip=0.5)
+    _, batches = ppo_run("advantage_clip", stage=ppo_max, advantage_clip=0.5)
     for batch in batches:
-        raw, mask = gae_by_hand(batch), batch["mask"] > 0
+        raw = gae_by_hand(batch)
+        mask = batch["mask"] > 0
         whitened = (raw - raw[mask].mean()) / raw[mask].std()
         np.testing.assert_allclose(batch["advantages"][mask], whitened.clip(-0.5, 0.5)[mask], atol=1e-4)
         assert (np.abs(batch["advantages"]) == 0.5).any()
@@ -159,10 +170,15 @@ def test_advantage_clip_bounds_whitened_advantages(ppo_run):
 def test_reward_models_are_averaged(pipeline, ppo_run):
     other = pipeline.config(rm, "rm_member", seed=7, normalize_std=True, eval_split="")
     rm.main(other)
-    members = str(pipeline.rm), f"{other.out_dir}/final"
-    common = dict(episodes=8, missing_eos_score=0.0)
-    scores = [ppo_run(f"member{n}", reward_model=source, **common)[1][0]["scores"] for n, source in enumerate(members)]
-    both = ppo_run("ensemble", reward_model=",".join(members), critic=members[0], **common)[1][0]["scores"]
+    members = [str(pipeline.rm), f"{other.out_dir}/final"]
+
+    def scores_by(name, source):
+        options = dict(episodes=8, missing_eos_score=0.0, critic=members[0])
+        _, batches = ppo_run(name, reward_model=source, **options)
+        return batches[0]["scores"]
+
+    scores = [scores_by(f"member{number}", source) for number, source in enumerate(members)]
+    both = scores_by("ensemble", ",".join(members))
     assert np.abs(scores[0] - scores[1]).max() > 1e-3
     np.testing.assert_allclose(both, (scores[0] + scores[1]) / 2, atol=REWARDS)
 
@@ -174,28 +190,36 @@ def test_critic_steps_leave_the_policy_alone_at_first(pipeline, ppo_run):
     initial = load_file(pipeline.sft / "model.safetensors")
     rows, _ = ppo_run("critic_then_both", critic_steps=1)
     # the second rollout is still the initial policy's, to the bit; then both learn
-    assert rows[1]["objective/kl"] == 0.0 and rows[0]["policy/approxkl_avg"] < 1e-12 < rows[1]["policy/approxkl_avg"]
+    assert rows[1]["objective/kl"] == 0.0
+    assert rows[0]["policy/approxkl_avg"] < 1e-12 < rows[1]["policy/approxkl_avg"]
     assert not same_weights(policy(pipeline, "critic_then_both"), initial)
-    plain = ppo_run("no_critic_first")[0]
-    assert plain[1]["objective/kl"] != 0.0 and plain[0]["loss/value_avg"] == pytest.approx(rows[0]["loss/value_avg"])
+    plain, _ = ppo_run("no_critic_first")
+    assert plain[1]["objective/kl"] != 0.0
+    assert plain[0]["loss/value_avg"] == pytest.approx(rows[0]["loss/value_avg"])
 
 
-def test_critic_lr_is_the_critics_alone(pipeline, ppo_run, monkeypatch):
+def test_critic_lr_is_the_critics_alone(pipeline, ppo_run):
     """Adam's first step moves the weight with the largest gradient by about its learning rate."""
-    moved, update = {}, ppo.ppo_update
+    before = {}
+    moved = {}
 
-    def watch(run, cfg, policy, critic, *args):
-        before = {name: [full(p.detach()).clone() for p in model.parameters()] for name, model in run.models.items()}
-        result = update(run, cfg, policy, critic, *args)
+    def weights_of(model):
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    def remember(run, cfg, metrics):  # this update has one step
         for name, model in run.models.items():
-            after = [full(p.detach()) for p in model.parameters()]
-            moved[name] = max((a - b).abs().max().item() for a, b in zip(after, before[name]))
-        return result
+            before[name] = weights_of(model)
+        return False
 
-    monkeypatch.setattr(ppo, "ppo_update", watch)
-    rows, _ = ppo_run("critic_lr", critic_lr=1e-2, lr=1e-3, adam_eps=1e-12, weight_decay=0.0, n_epochs=1, episodes=8)
+    def compare(run, policy, reference):
+        for name, model in run.models.items():
+            moved[name] = (weights_of(model) - before[name]).abs().max().item()
+
+    options = dict(critic_lr=1e-2, lr=1e-3, adam_eps=1e-12, weight_decay=0.0, n_epochs=1, episodes=8)
+    rows, _ = ppo_run("critic_lr", before_step=remember, after_update=compare, **options)
     # the step is lr g / (|g| + eps): lr itself; a weight of size 1 has an ulp of 1e-7
-    assert moved["policy"] == pytest.approx(1e-3, abs=1e-6) and moved["critic"] == pytest.approx(1e-2, abs=1e-6)
+    assert moved["policy"] == pytest.approx(1e-3, abs=1e-6)
+    assert moved["critic"] == pytest.approx(1e-2, abs=1e-6)
     assert rows[0]["lr"] == 1e-3
 
 
@@ -207,11 +231,15 @@ def test_entropy_coef_raises_the_entropy(ppo_run):
 
 def test_ptx_adds_the_sft_loss(pipeline, ppo_run):
     """The first step's loss is transformers' cross-entropy of the mixed-in rows; later the SFT loss is lower."""
-    rows, _ = ppo_run("ptx", ptx_coef=10.0, n_epochs=1)
+    mix = ppo_max.PretrainingMix()
+    rows, _ = ppo_run("ptx", stage=ppo_max, before_step=mix, ptx_coef=10.0, n_epochs=1)
     data = load_rows(f"{pipeline.data}/sft_{{split}}.jsonl", "train", Tokenizer.load(str(pipeline.sft)), 1)
-    model, sums, count = GPTNeoXForCausalLM.from_pretrained(pipeline.sft), 0.0, 0
-    for row in data.select(batch_rows(len(data), 8, 0, 44414)):
-        query, response = row["query"], row["responses"][0]
+    model = GPTNeoXForCausalLM.from_pretrained(pipeline.sft)
+    sums = 0.0
+    count = 0
+    for row in data.select(batch_indices(len(data), 8, 0, 44414)):
+        query = row["query"]
+        response = row["responses"][0]
         logits = model(torch.tensor([query + response])).logits[0, len(query) - 1 : -1].double()
         sums -= torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None]).sum().item()
         count += len(response)
@@ -233,7 +261,8 @@ def test_max_grad_norm_bounds_the_step(pipeline, ppo_run):
     for limit in (0.0, 1e-3):
         name = f"clip{limit}"
         rows, _ = ppo_run(name, max_grad_norm=limit, adam_eps=1e3, lr=1.0, weight_decay=0.0, n_epochs=1, episodes=8)
-        initial, final = load_file(pipeline.sft / "model.safetensors"), policy(pipeline, name)
+        initial = load_file(pipeline.sft / "model.safetensors")
+        final = policy(pipeline, name)
         moved[limit] = torch.cat([(final[key] - initial[key]).flatten().double() for key in final]).norm().item()
     assert rows[0]["grad_norm"] > 1e-3  # reported as it was
     assert moved[1e-3] / moved[0.0] == pytest.approx(1e-3 / rows[0]["grad_norm"], rel=0.02)  # steps of 1e-6 on ulps
@@ -249,6 +278,20 @@ def test_diagnostics_are_what_the_samples_say(ppo_run):
     assert rows[0]["val/perplexity"] == rows[0]["val/ref_perplexity"] != rows[1]["val/perplexity"]
 
 
+def test_kl_is_that_of_the_response_alone(ppo_run):
+    """What the models think of pads must not count: a sequence is cut one token behind its EOS."""
+    _, batches = ppo_run("kl")
+    behind = 0.0
+    for batch in batches:
+        gap = batch["logprobs"] - batch["ref_logprobs"]
+        mask = batch["mask"] > 0
+        np.testing.assert_allclose(batch["kl"][mask], gap[mask], atol=REWARDS)
+        assert not batch["kl"][~mask].any()
+        behind = max(behind, np.abs(gap[~mask]).max())
+    assert behind > 1e-3
+    assert batches[1]["kl"].any()
+
+
 def test_options_that_are_off_leave_no_trace(ppo_run):
     rows, _ = ppo_run("off")
     assert set(rows[0]) == {
@@ -262,23 +305,29 @@ def test_options_that_are_off_leave_no_trace(ppo_run):
 
 def test_ppo_max_recipe_goes_on_top_of_any_configuration(pipeline):
     """Two updates: in the first the critic alone learns, in the second PPO with the pre-training mix."""
-    small = pipeline.config(ppo, "option_ppo_max", batch_size=8, critic_steps=1, eval_split="")
+    small = pipeline.config(ppo_max, "option_ppo_max", batch_size=8, critic_steps=1, eval_split="")
     changed = ["model", "reward_model", "data", "out_dir", "batch_size", "episodes", "critic_steps", "response_length",
                "eval_split", "device", "dtype"]  # fmt: skip
     argv = [f"--{name}={getattr(small, name)}" for name in changed]
-    cfg = configure(ppo.Config, [str(ROOT / "config/ppo_1b.py"), str(ROOT / "config/ppo_max.py"), *argv])
-    assert cfg.reward_norm == "normalize" and cfg.critic_lr == 1.65e-6 and not cfg.whiten_advantages
-    ppo.main(cfg)
+    cfg = configure(ppo_max.Config, [str(ROOT / "config/ppo_1b.py"), str(ROOT / "config/ppo_max.py"), *argv])
+    assert cfg.reward_norm == "normalize"
+    assert cfg.critic_lr == 1.65e-6
+    assert not cfg.whiten_advantages
+    ppo_max.main(cfg)
     rows = metrics(cfg)
-    assert "loss/ptx_avg" not in rows[0] and rows[1]["loss/ptx_avg"] > 0 and rows[1]["val/perplexity"] > 1
-    assert rows[1]["objective/kl"] == 0.0 and rows[0]["lr"] == 5e-7
+    assert "loss/ptx_avg" not in rows[0]
+    assert rows[1]["loss/ptx_avg"] > 0
+    assert rows[1]["val/perplexity"] > 1
+    assert rows[1]["objective/kl"] == 0.0
+    assert rows[0]["lr"] == 5e-7
 
 
 def test_all_options_are_invariant_to_micro_batch_size(pipeline):
     runs = []
+    options = {**EVERYTHING, "critic_steps": 0}
     for micro in (1, 8):
-        cfg = pipeline.config(ppo, f"options_micro{micro}", micro_batch_size=micro, **{**EVERYTHING, "critic_steps": 0})
-        ppo.main(cfg)
+        cfg = pipeline.config(ppo_max, f"options_micro{micro}", micro_batch_size=micro, **options)
+        ppo_max.main(cfg)
         runs.append(metrics(cfg))
     same_metrics(*runs)
 
@@ -298,12 +347,12 @@ def test_rm_normalize_std_gives_references_mean_0_and_variance_1(pipeline):
 
 
 def test_rm_evaluation_shows_eos_apart_from_other_tokens(pipeline):
-    from test_stages import hub_scalars
-
     report = json.loads((pipeline.directory / "rm" / "eval.json").read_text())
-    data, tokenizer = f"{pipeline.data}/comparisons_{{split}}.jsonl", Tokenizer.load(str(pipeline.data))
-    rows = load_rows(data, "validation", tokenizer, 2)
-    at_eos, elsewhere, negative = [], [], []
+    tokenizer = Tokenizer.load(str(pipeline.data))
+    rows = load_rows(f"{pipeline.data}/comparisons_{{split}}.jsonl", "validation", tokenizer, 2)
+    at_eos = []
+    elsewhere = []
+    negative = []
     for row in rows:
         scalars = hub_scalars(pipeline.rm, row["query"], row["responses"][0]).detach().numpy()
         response = scalars[len(row["query"]) :]
@@ -324,8 +373,10 @@ def test_rm_learns_rankings_of_different_lengths(pipeline, tmp_path):
     rm.main(one)
     rm.main(two)
     same_metrics(metrics(one)[:3], metrics(two)[:3])  # rounding grows with every update
-    first, last = metrics(one)[0], metrics(one)[-2]
-    assert last["loss/rm"] < first["loss/rm"] - 0.2 and metrics(one)[-1]["eval/accuracy"] == 1.0
+    first = metrics(one)[0]
+    last = metrics(one)[-2]
+    assert last["loss/rm"] < first["loss/rm"] - 0.2
+    assert metrics(one)[-1]["eval/accuracy"] == 1.0
 
 
 def test_rm_soft_labels_meet_their_probability(pipeline, tmp_path):
@@ -347,7 +398,8 @@ def test_rm_soft_labels_meet_their_probability(pipeline, tmp_path):
     all_ties = write_rows(tmp_path / "all_ties.jsonl", [{**row, "target": 0.5} for row in pairs])
     cfg = pipeline.config(rm, "rm_all_ties", **{**common, "data": all_ties, "episodes": 8})
     rm.main(cfg)
-    assert "eval/accuracy" not in metrics(cfg)[-1] and (Path(cfg.out_dir) / "final" / "model.safetensors").exists()
+    assert "eval/accuracy" not in metrics(cfg)[-1]
+    assert (Path(cfg.out_dir) / "final" / "model.safetensors").exists()
 
 
 def test_rm_label_noise_bounds_the_loss(pipeline):
@@ -368,10 +420,11 @@ def test_rm_label_noise_bounds_the_loss(pipeline):
 @pytest.mark.parametrize("loss_type", ["robust", "ipo_norm", "apo_zero"])
 def test_dpo_family_trains_from_its_value_at_the_start(pipeline, loss_type):
     """At the start all log-ratios are 0, where each loss has a value worked by hand; then it falls."""
-    smoothing, start = 0.1 if loss_type == "robust" else 0.0, dict(robust=np.log(2), ipo_norm=25.0, apo_zero=1.0)
-    cfg = pipeline.config(dpo, f"dpo_{loss_type}", loss_type=loss_type, label_smoothing=smoothing, beta=0.1,
+    smoothing = 0.1 if loss_type == "robust" else 0.0
+    start = dict(robust=np.log(2), ipo_norm=25.0, apo_zero=1.0)
+    cfg = pipeline.config(dpo_losses, f"dpo_{loss_type}", loss_type=loss_type, label_smoothing=smoothing, beta=0.1,
                           batch_size=40, episodes=160, eval_split="", lr=1e-4)  # fmt: skip
-    dpo.main(cfg)
+    dpo_losses.main(cfg)
     losses = [row["loss/dpo"] for row in metrics(cfg)]
     # log-ratios of 1e-4 in sum, times 1 / beta = 10 in the squared losses' slope
     assert losses[0] == pytest.approx(start[loss_type], abs=20 * FORWARD)
@@ -419,6 +472,7 @@ def test_sample_chooses_the_checkpoint_with_the_best_score(pipeline):
     sample.main(together)
     summary = json.loads((Path(together.out_dir) / "summary.json").read_text())
     assert len(set(scores.values())) == 3
-    assert summary["model"] == max(scores, key=scores.get) and summary["score"] == max(scores.values())
+    assert summary["model"] == max(scores, key=scores.get)
+    assert summary["score"] == max(scores.values())
     with pytest.raises(UserError, match="reward_model"):
         sample.main(pipeline.config(sample, "from_none", model=",".join(sources), reward_model=""))

@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 
 import sft
 from configurator import UserError
-from data import Tokenizer, batch_rows, load_rows
+from data import Tokenizer, batch_indices, load_rows
 from dpo import dpo_loss
 from evals.tables import accuracy_table
-from ppo import normalize_scores
 from rm import preference_loss, ranking_loss
+from variants import dpo_losses
+from variants.ppo_max import normalize_scores
 
 PRINTED = dict(atol=1e-6, rtol=0)
 NEAR = dict(atol=1e-5, rtol=1e-5)
@@ -68,7 +69,8 @@ def slope(f, x, h=1e-5):
     [(0.7, 2.0, NEAR), (1000.0, 0.5, dict(atol=1e-4, rtol=1e-5))],
 )
 def test_scores_are_normalized_by_all_so_far(how, offset, spread, tolerance):
-    moments, seen = (0, 0.0, 0.0), np.zeros(0)
+    moments = (0, 0.0, 0.0)
+    seen = np.zeros(0)
     for seed, size in enumerate([5, 8, 1, 3, 64]):
         scores = offset + seed * spread + normal(size, seed=seed, scale=spread)
         seen = np.concatenate([seen, scores.double().numpy()])
@@ -94,7 +96,8 @@ def test_scores_match_hand_example():
 @pytest.mark.parametrize("how", ["scale", "normalize"])
 @pytest.mark.parametrize("score, size", [(0.0, 4), (2.0, 4), (0.1, 7), (-1.3, 3), (2.0, 1)])
 def test_equal_first_scores_give_finite_numbers(how, score, size):
-    first, second = torch.full((size,), score), normal(6, scale=2)
+    first = torch.full((size,), score)
+    second = normal(6, scale=2)
     got, moments = normalize_scores(first, (0, 0.0, 0.0), how)
     assert got.isfinite().all()
     if how == "normalize":  # a mean in float64 leaves 1e-16, and no floor of the deviation would make 1e-6 of that
@@ -164,14 +167,16 @@ def test_padded_ranking_matches_published_number(padding):
     loss.sum().backward()
     expected = [[-0.129381, 0, 0.129381, 0, 0], [-0.268941, 0.268941, 0, 0, 0]]
     check(rewards.grad, expected, PRINTED)
-    assert not rewards.grad[0, 3:].any() and not rewards.grad[1, 2:].any()
+    assert not rewards.grad[0, 3:].any()
+    assert not rewards.grad[1, 2:].any()
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 @pytest.mark.parametrize("padding", [0.0, 1e9])
 def test_ragged_ranking_matches_loop_and_gradient(padding, noise):
     """In float64; the mean over pairs is below 20, its third derivative below 1: see the pairs above."""
-    counts, targets = [2, 6, 3, 5, 4], [1.0, 0.9, 0.5, 1.0, 0.6]
+    counts = [2, 6, 3, 5, 4]
+    targets = [1.0, 0.9, 0.5, 1.0, 0.6]
     rewards = normal(5, 6, scale=2, dtype=torch.float64)
 
     def row_loss(row, p):
@@ -183,7 +188,8 @@ def test_ragged_ranking_matches_loop_and_gradient(padding, noise):
                 losses.append(-p * math.log(yes) - (1 - p) * math.log(no))
         return sum(losses) / len(losses)
 
-    expected, grad = [], np.zeros((5, 6))
+    expected = []
+    grad = np.zeros((5, 6))
     for b, (n, p) in enumerate(zip(counts, targets)):
         row = rewards[b, :n].tolist()
         expected.append(row_loss(row, p))
@@ -216,16 +222,19 @@ DPO_FORMULAS = {
 }
 
 
+def family_loss(loss_type, smoothing, beta, logprobs, ref_logprobs, lengths):
+    """Losses (B,) and implicit rewards (B, 2) of log-probabilities and lengths (B, 2), chosen and rejected."""
+    cfg = dpo_losses.Config(loss_type=loss_type, label_smoothing=smoothing, beta=beta)
+    return dpo_losses.pair_loss(cfg, logprobs, ref_logprobs, lengths)
+
+
 @pytest.mark.parametrize("loss_type, smoothing, loss", DPO_TABLE)
 def test_dpo_loss_of_each_type_matches_table(loss_type, smoothing, loss):
-    lengths = torch.tensor([[10, 5]]) if loss_type == "ipo_norm" else None
-    losses, chosen, rejected = dpo_loss(
-        t([-9.0]), t([-20.5]), t([-10.0]), t([-20.0]), 0.1, loss_type, smoothing, lengths
-    )
+    lengths = torch.tensor([[10, 5]])
+    losses, rewards = family_loss(loss_type, smoothing, 0.1, t([[-9.0, -20.5]]), t([[-10.0, -20.0]]), lengths)
     # the largest, 23.04, is rounded by 4e-6
     check(losses, [loss], PRINTED if loss < 10 else NEAR)
-    check(chosen, [0.1], PRINTED)
-    check(rejected, [-0.05], PRINTED)
+    check(rewards, [[0.1, -0.05]], PRINTED)
 
 
 @pytest.mark.parametrize(
@@ -237,33 +246,50 @@ def test_dpo_loss_of_each_type_matches_formula_and_gradient(loss_type, smoothing
 
     Losses are below 100: slope() adds 1e-9. Third derivatives are below 1, and with h^2 / 6 add less than 1e-9, so
     that 1e-7 is enough for all. Hinge has a kink: no input is within 1e-3 of it."""
-    beta, n, formula = 0.3, 40, DPO_FORMULAS[loss_type]
-    inputs = [normal(n, seed=seed, scale=3, dtype=torch.float64).requires_grad_() for seed in range(4)]
+    beta = 0.3
+    n = 40
+    formula = DPO_FORMULAS[loss_type]
+    policy_chosen, policy_rejected, ref_chosen, ref_rejected = (
+        normal(n, seed=seed, scale=3, dtype=torch.float64).requires_grad_() for seed in range(4)
+    )
     lengths = torch.randint(1, 9, (n, 2), generator=torch.Generator().manual_seed(4))
-    policy_chosen, policy_rejected, ref_chosen, ref_rejected = (x.tolist() for x in inputs)
-    losses, by_c, by_r = [], [], []
-    for i in range(n):
-        c, r = policy_chosen[i] - ref_chosen[i], policy_rejected[i] - ref_rejected[i]
-        assert abs(1 - beta * (c - r)) > 1e-3
-        rest = (beta, smoothing, *lengths[i].tolist())
-        losses.append(formula(c, r, *rest))
-        by_c.append(slope(lambda x, r=r, rest=rest: formula(x, r, *rest), c))
-        by_r.append(slope(lambda x, c=c, rest=rest: formula(c, x, *rest), r))
-    got, chosen, rejected = dpo_loss(*inputs, beta, loss_type, smoothing, lengths if "norm" in loss_type else None)
+    chosen_ratios = (policy_chosen - ref_chosen).tolist()
+    rejected_ratios = (policy_rejected - ref_rejected).tolist()
+    losses = []
+    by_chosen = []
+    by_rejected = []
+    for chosen, rejected, of_both in zip(chosen_ratios, rejected_ratios, lengths.tolist()):
+        assert abs(1 - beta * (chosen - rejected)) > 1e-3
+        rest = (beta, smoothing, *of_both)
+        losses.append(formula(chosen, rejected, *rest))
+        by_chosen.append(slope(lambda x, r=rejected, rest=rest: formula(x, r, *rest), chosen))
+        by_rejected.append(slope(lambda x, c=chosen, rest=rest: formula(c, x, *rest), rejected))
+
+    logprobs = torch.stack((policy_chosen, policy_rejected), 1)
+    ref_logprobs = torch.stack((ref_chosen, ref_rejected), 1)
+    got, rewards = family_loss(loss_type, smoothing, beta, logprobs, ref_logprobs, lengths)
     check(got, losses, EXACT)
-    check(chosen, beta * (np.array(policy_chosen) - ref_chosen), EXACT)
-    check(rejected, beta * (np.array(policy_rejected) - ref_rejected), EXACT)
+    check(rewards[:, 0], beta * np.array(chosen_ratios), EXACT)
+    check(rewards[:, 1], beta * np.array(rejected_ratios), EXACT)
     got.sum().backward()
-    for x, expected in zip(inputs, (by_c, by_r, -np.array(by_c), -np.array(by_r))):
-        check(x.grad, expected, dict(atol=1e-7, rtol=0))
+    near = dict(atol=1e-7, rtol=0)
+    check(policy_chosen.grad, by_chosen, near)
+    check(policy_rejected.grad, by_rejected, near)
+    check(ref_chosen.grad, -np.array(by_chosen), near)
+    check(ref_rejected.grad, -np.array(by_rejected), near)
 
 
 def test_robust_dpo_undoes_flipped_labels():
-    """Of labels of which a share e is flipped, its mean is the plain loss of the true ones (arXiv:2403.00409)."""
-    policy, ref, zero, e = normal(7, scale=5), normal(7, seed=1, scale=5), torch.zeros(7), 0.3
-    right = dpo_loss(policy, zero, ref, zero, 0.5, "robust", e)[0]
-    flipped = dpo_loss(zero, policy, zero, ref, 0.5, "robust", e)[0]
-    check((1 - e) * right + e * flipped, [softplus(-0.5 * x) for x in (policy - ref).tolist()])
+    """Of labels of which a share is flipped, its mean is the plain loss of the true ones (arXiv:2403.00409)."""
+    flipped_share = 0.3
+    better = torch.stack((normal(7, scale=5), torch.zeros(7)), 1)
+    ref = torch.stack((normal(7, seed=1, scale=5), torch.zeros(7)), 1)
+    lengths = torch.ones(7, 2)
+    right, _ = family_loss("robust", flipped_share, 0.5, better, ref, lengths)
+    flipped, _ = family_loss("robust", flipped_share, 0.5, better.flip(1), ref.flip(1), lengths)
+    margins = (better - ref)[:, 0].tolist()
+    mean = (1 - flipped_share) * right + flipped_share * flipped
+    check(mean, [softplus(-0.5 * margin) for margin in margins])
 
 
 @pytest.mark.parametrize(
@@ -274,10 +300,18 @@ def test_robust_dpo_undoes_flipped_labels():
 def test_dpo_loss_refuses_what_makes_no_sense(loss_type, smoothing):
     """No such loss; a smoothing that the type has no use for, or needs; labels that are mostly wrong."""
     x = normal(2)
-    with pytest.raises(UserError) as error:
-        dpo_loss(x, x, x, x, 0.1, loss_type, smoothing, torch.ones(2, 2))
-    assert isinstance(error.value, SystemExit) and "\n" not in str(error.value)
-    assert str(error.value).strip() and loss_type in str(error.value)
+    pair = torch.stack((x, x), 1)
+    refusals = [
+        lambda: dpo_loss(x, x, x, x, 0.1, loss_type, smoothing),
+        lambda: family_loss(loss_type, smoothing, 0.1, pair, pair, torch.ones(2, 2)),
+    ]
+    for refusal in refusals:
+        with pytest.raises(UserError) as error:
+            refusal()
+        assert isinstance(error.value, SystemExit)
+        assert "\n" not in str(error.value)
+        assert str(error.value).strip()
+        assert loss_type in str(error.value)
 
 
 # ---- TensorFlow's Adam -----------------------------------------------------------------------------------
@@ -288,24 +322,29 @@ ADAM = dict(scratch=False, eval_split="", schedule="constant", lr=1e-3, adam_eps
 
 def adam(style, grads, lr, eps, beta1=0.9, beta2=0.999):
     """How the last of the updates with the gradients `grads` moves a weight, in float64."""
-    m = v = 0.0
-    for g in grads:
-        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
-    first, second = 1 - beta1 ** len(grads), 1 - beta2 ** len(grads)
+    mean = 0.0
+    square = 0.0
+    for grad in grads:
+        mean = beta1 * mean + (1 - beta1) * grad
+        square = beta2 * square + (1 - beta2) * grad**2
+    mean_weights = 1 - beta1 ** len(grads)
+    square_weights = 1 - beta2 ** len(grads)
     if style == "tf":
-        return -lr * math.sqrt(second) / first * m / (np.sqrt(v) + eps)
-    return -lr * (m / first) / (np.sqrt(v / second) + eps)
+        return -lr * math.sqrt(square_weights) / mean_weights * mean / (np.sqrt(square) + eps)
+    return -lr * (mean / mean_weights) / (np.sqrt(square / square_weights) + eps)
 
 
 def response_gradients(model, rows):
     """Of the mean of -log p over all response tokens: one row at a time, in float64, by transformers' model."""
     model.zero_grad()
-    total, n_tokens = 0, 0
+    total = 0
+    n_tokens = 0
     for query, responses in zip(rows["query"], rows["responses"]):
         ids = query + responses[0]
         logprobs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(1)
         for position in range(len(query), len(ids)):
-            total, n_tokens = total - logprobs[position - 1, ids[position]], n_tokens + 1
+            total = total - logprobs[position - 1, ids[position]]
+            n_tokens += 1
     (total / n_tokens).backward()
     return {hub_name(name): parameter.grad.numpy() for name, parameter in model.named_parameters()}
 
@@ -333,7 +372,7 @@ def test_two_updates_match_adam(style, pipeline):
     weights = {hub_name(name): weight for name, weight in model.named_parameters()}
     history = []
     for step in range(2):
-        history.append(response_gradients(model, rows[batch_rows(len(rows), cfg.batch_size, step, cfg.seed)]))
+        history.append(response_gradients(model, rows[batch_indices(len(rows), cfg.batch_size, step, cfg.seed)]))
         with torch.no_grad():
             for name, weight in weights.items():
                 weight += torch.from_numpy(adam(style, [grads[name] for grads in history], cfg.lr, cfg.adam_eps))
@@ -372,7 +411,8 @@ def test_tf_adam_begins_more_gently(pipeline):
         expected = np.sign(torch_move) * cfg.lr * g / (g + cfg.adam_eps / math.sqrt(0.001))
         np.testing.assert_allclose(moves["tf"][key], expected, rtol=0, atol=tolerance)
         moved = np.abs(torch_move) > tolerance
-        assert moved.any() and (np.abs(moves["tf"][key]) < np.abs(torch_move))[moved].all()
+        assert moved.any()
+        assert (np.abs(moves["tf"][key]) < np.abs(torch_move))[moved].all()
 
 
 # ---- rows with rankings and soft targets -----------------------------------------------------------------
@@ -424,7 +464,8 @@ def test_target_below_a_half_swaps_the_pair(schema, tokenizer, tmp_path):
 
     given = [0.3, 0.5, 0.8, 0.0, 1.0, 0.499]
     rows = rows_of(tmp_path, tokenizer, [*(pair(target=p) for p in given), pair()], 2)
-    same, swapped = [" one", " two"], [" two", " one"]
+    same = [" one", " two"]
+    swapped = [" two", " one"]
     assert [texts(row, tokenizer) for row in rows] == [swapped, same, same, swapped, same, swapped, same]
     # 1 - p is rounded once; float32 would leave 6e-8
     assert list(rows["target"]) == pytest.approx([0.7, 0.5, 0.8, 1.0, 1.0, 0.501, 1.0], abs=1e-7)
@@ -454,7 +495,8 @@ def test_accuracy_table_matches_loop():
     """Counts are exact; the means of some 200 sigmoids in float32 are right to 1e-6."""
     import datasets
 
-    rng, n = np.random.default_rng(0), 240
+    rng = np.random.default_rng(0)
+    n = 240
     margins = rng.normal(0.4, 1.2, n).astype(np.float32)
     margins[:3] = 0.5, -0.5, 0.0  # on the edges of bins; of equal scores neither is higher
     rows = dict(
@@ -474,7 +516,8 @@ def test_accuracy_table_matches_loop():
             names.append(f"|confidence - 5| {abs(rows['confidence'][i] - 5)}")
         for name in names:
             groups.setdefault(name, []).append(margin)
-    assert len(groups["all"]) < n and len(groups) > 15
+    assert len(groups["all"]) < n
+    assert len(groups) > 15
     got = accuracy_table(datasets.Dataset.from_dict(rows), torch.from_numpy(margins))
     assert set(got) == set(groups)
     for name, inside in groups.items():

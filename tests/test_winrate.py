@@ -17,14 +17,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from pipeline import ROOT, write_rows
+from pipeline import ROOT, read_rows, write_rows
 
 import runtime
 import sample
-from evals import winrate
 import toy.gold
 from configurator import UserError
 from data import Tokenizer
+from evals import winrate
 from evals.chat import ask_all, parse_verdict
 from evals.winrate import interval, win_rate
 from model import ScalarModel
@@ -32,15 +32,11 @@ from model import ScalarModel
 SQRT2_POWERS = ("0.25", "0.35", "0.5", "0.71", "1", "1.4", "2", "2.8", "4")
 
 
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def judged(out_dir, judge, samples, **options):
-    """What sample.py writes for a judge, or several: the tables and a row per pair."""
+    """What is written for a judge, or several: the tables and a row per pair."""
     cfg = dict(judge=judge, samples=str(samples), out_dir=str(out_dir), device="cpu", dtype="float32", **options)
     winrate.main(winrate.Config(**cfg))
-    return json.loads((out_dir / "winrate.json").read_text()), read_jsonl(out_dir / "verdicts.jsonl")
+    return json.loads((out_dir / "winrate.json").read_text()), read_rows(out_dir / "verdicts.jsonl")
 
 
 def counts(row):
@@ -83,36 +79,41 @@ def test_choices_match_a_count_by_hand(tldr_sample, tmp_path, split, win, lose):
     """On real comparisons, each of one policy's summary with the reference: in all, and by length."""
     path = tldr_sample / f"comparisons_{split}.jsonl"
     by_hand = {"all": [0, 0, 0, 0]}
-    for row in read_jsonl(path):
+    for row in read_rows(path):
         texts = {summary["policy"]: summary["text"] for summary in row["summaries"]}
         won = row["summaries"][row["choice"]]["policy"] == "openai_1.3b_ppo"
         for name in ("all", f"length x {length_name(texts['openai_1.3b_ppo'], texts['ref'])}"):
             by_hand.setdefault(name, [0, 0, 0, 0])[0 if won else 2] += 1
     table = judged(tmp_path, "choice", path)[0]["choice"]
     assert {name: list(counts(row)) for name, row in table.items()} == by_hand
-    assert counts(table["all"]) == (win, 0, lose, 0) and len(by_hand) > 4
+    assert counts(table["all"]) == (win, 0, lose, 0)
+    assert len(by_hand) > 4
     for row in table.values():
-        assert row["n"] == row["win"] + row["lose"] and row["rate"] == pytest.approx(row["win"] / row["n"])
+        assert row["n"] == row["win"] + row["lose"]
+        assert row["rate"] == pytest.approx(row["win"] / row["n"])
         assert 0 <= row["low"] <= row["rate"] <= row["high"] <= 1
 
 
 def test_comparisons_are_paired_with_their_one_reference(pipeline, tmp_path):
     """Toy summaries are by seven writers: rows without `ref` are left out, and so are those in which both are by it."""
-    rows = read_jsonl(pipeline.data / "comparisons_train.jsonl")
+    rows = read_rows(pipeline.data / "comparisons_train.jsonl")
     twice = [{**row, "summaries": [{**summary, "policy": "ref"} for summary in row["summaries"]]} for row in rows[:3]]
     expected = []
     for row in rows:
         policies = [summary["policy"] for summary in row["summaries"]]
         if "ref" in policies:
-            ref, info = policies.index("ref"), row["info"]
+            ref = policies.index("ref")
+            info = row["info"]
             head = f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: "
             texts = [summary["text"] for summary in row["summaries"]]
-            other, response = texts[ref], texts[0 if ref == 1 else 1]
-            pair = dict(query=f"{head}{info['post']}\n\nTL;DR:", response=response, other=other)
+            query = f"{head}{info['post']}\n\nTL;DR:"
+            pair = dict(query=query, response=texts[1 - ref], other=texts[ref])
             expected.append({**pair, "verdicts": {"choice": float(row["choice"] != ref)}, "replies": {}})
     tables, written = judged(tmp_path, "choice", write_rows(tmp_path / "pairs.jsonl", twice + rows))
-    assert written == expected and tables["choice"]["all"]["n"] == len(expected)
-    assert 5 < len(expected) < len(rows) and {row["verdicts"]["choice"] for row in written} == {0.0, 1.0}
+    assert written == expected
+    assert tables["choice"]["all"]["n"] == len(expected)
+    assert 5 < len(expected) < len(rows)
+    assert {row["verdicts"]["choice"] for row in written} == {0.0, 1.0}
 
 
 def test_lengths_far_apart_are_in_the_outer_groups(module, tmp_path):
@@ -130,11 +131,11 @@ def test_lengths_far_apart_are_in_the_outer_groups(module, tmp_path):
 
 def test_win_rates_are_printed(pipeline, tmp_path, capsys):
     """Without out_dir that is all that happens."""
-    rows = [row for row in read_jsonl(pipeline.data / "comparisons_train.jsonl")
+    rows = [row for row in read_rows(pipeline.data / "comparisons_train.jsonl")
             if any(summary["policy"] == "ref" for summary in row["summaries"])]  # fmt: skip
     won = sum(row["summaries"][row["choice"]]["policy"] != "ref" for row in rows)
     path = write_rows(tmp_path / "pairs.jsonl", rows)
-    sample.main(sample.Config(judge="choice", samples=path, device="cpu"))
+    winrate.main(winrate.Config(judge="choice", samples=path, device="cpu"))
     printed = f"win +{won}  tie +0  lose +{len(rows) - won} .*rate {won / len(rows):.3f}"
     assert re.search(printed, capsys.readouterr().out)
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
@@ -172,7 +173,8 @@ def test_interval_matches_a_plain_bootstrap(values):
 def test_interval_is_the_normal_one_for_many_pairs():
     values = verdicts_of(9_000, 4_000, 7_000)
     # the skewness moves a quantile by about s / sqrt(n), nothing here: what is left is the resampling
-    near, half = 4 * quantile_error(values, 10_000), 1.96 * np.std(values) / math.sqrt(20_000)
+    near = 4 * quantile_error(values, 10_000)
+    half = 1.96 * np.std(values) / math.sqrt(20_000)
     assert near < 0.1 * half
     assert interval(values) == dict(rate=0.55, low=pytest.approx(0.55 - half, abs=near),
                                     high=pytest.approx(0.55 + half, abs=near))  # fmt: skip
@@ -190,7 +192,9 @@ def test_interval_depends_on_the_seed():
 
 def test_pairs_without_a_verdict_are_no_part_of_the_rate():
     row = win_rate([1.0, None, 0.5, 0.0, None, 1.0])
-    assert row["n"] == 6 and counts(row) == (2, 1, 1, 2) and row["rate"] == 2.5 / 4
+    assert row["n"] == 6
+    assert counts(row) == (2, 1, 1, 2)
+    assert row["rate"] == 2.5 / 4
     assert win_rate([None, None]) == dict(n=2, win=0, tie=0, lose=0, none=2)
 
 
@@ -202,31 +206,35 @@ def by_gold(rows, others):
     verdicts = []
     for row, other in zip(rows, others):
         ours, theirs = (toy.gold.score([row["query"]], [text])[0] for text in (row["response"], other))
-        verdicts.append(1.0 if ours > theirs else 0.0 if ours < theirs else 0.5)
+        verdicts.append(0.5 if ours == theirs else float(ours > theirs))
     return verdicts
 
 
 def test_module_verdicts_match_a_count_by_hand(samples, tmp_path):
-    rows = read_jsonl(samples[0])
+    rows = read_rows(samples[0])
     verdicts = by_gold(rows, [row["reference"] for row in rows])
     tables, written = judged(tmp_path, "toy.gold", samples[0])
     assert [row["verdicts"]["toy.gold"] for row in written] == verdicts
     assert [(row["response"], row["other"]) for row in written] == [(row["response"], row["reference"]) for row in rows]
     assert counts(tables["toy.gold"]["all"]) == (*map(verdicts.count, (1.0, 0.5, 0.0)), 0)
     groups = [row for name, row in tables["toy.gold"].items() if name != "all"]
-    assert tuple(map(sum, zip(*map(counts, groups)))) == counts(tables["toy.gold"]["all"]) and len(groups) > 2
+    assert tuple(map(sum, zip(*map(counts, groups)))) == counts(tables["toy.gold"]["all"])
+    assert len(groups) > 2
 
 
 def test_two_files_meet_each_other(samples, tmp_path):
     """The first file's responses against the second's; swapped files swap wins and losses."""
-    hot, cold = map(read_jsonl, samples)
+    hot, cold = map(read_rows, samples)
     verdicts = by_gold(hot, [row["response"] for row in cold])
     forth, _ = judged(tmp_path / "forth", "toy.gold", f"{samples[0]},{samples[1]}")
     back, _ = judged(tmp_path / "back", "toy.gold", f"{samples[1]},{samples[0]}")
-    forth, back = forth["toy.gold"]["all"], back["toy.gold"]["all"]
-    assert counts(forth) == (*map(verdicts.count, (1.0, 0.5, 0.0)), 0) and min(counts(forth)[:3]) > 0
+    forth = forth["toy.gold"]["all"]
+    back = back["toy.gold"]["all"]
+    assert counts(forth) == (*map(verdicts.count, (1.0, 0.5, 0.0)), 0)
+    assert min(counts(forth)[:3]) > 0
     assert counts(back) == (forth["lose"], forth["tie"], forth["win"], 0)
-    assert back["rate"] == pytest.approx(1 - forth["rate"]) and forth["rate"] != 0.5
+    assert back["rate"] == pytest.approx(1 - forth["rate"])
+    assert forth["rate"] != 0.5
 
 
 def test_a_file_ties_with_itself(samples, tmp_path):
@@ -242,8 +250,10 @@ def test_agreement_matches_a_count_by_hand(pipeline, module, tmp_path):
     for a, b in ((0, 1), (0, 2), (1, 2)):
         same = [row["verdicts"][judges[a]] == row["verdicts"][judges[b]] for row in rows]
         agreed = tables.pop(f"agreement of {judges[a]} and {judges[b]}")
-        assert agreed["n"] == len(rows) and agreed["rate"] == pytest.approx(sum(same) / len(rows))
-        assert 0 < agreed["rate"] < 1 and agreed["low"] < agreed["rate"] < agreed["high"]
+        assert agreed["n"] == len(rows)
+        assert agreed["rate"] == pytest.approx(sum(same) / len(rows))
+        assert 0 < agreed["rate"] < 1
+        assert agreed["low"] < agreed["rate"] < agreed["high"]
     assert list(tables) == judges
     assert [row["verdicts"]["toy.gold"] for row in rows] == by_gold(rows, [row["other"] for row in rows])
 
@@ -254,7 +264,8 @@ FORWARD = 1e-4  # float32 forward passes with other padding differ by about 1e-6
 
 
 def test_reward_model_verdicts_match_the_scores_of_the_samples(pipeline, samples, tmp_path):
-    tokenizer, rows = Tokenizer.load(str(pipeline.rm)), read_jsonl(samples[0])
+    tokenizer = Tokenizer.load(str(pipeline.rm))
+    rows = read_rows(samples[0])
     # a judge reads texts: the scores that sample.py wrote are of the same tokens where the text has as many, and EOS
     rows = [row for row in rows if row["eos"] and len(tokenizer.encode(row["response"])) == row["tokens"] - 1]
     judge = str(pipeline.rm)
@@ -262,31 +273,34 @@ def test_reward_model_verdicts_match_the_scores_of_the_samples(pipeline, samples
     gaps = [row["score"] - row["reference_score"] for row in rows]
     clear = [(pair["verdicts"][judge], gap) for pair, gap in zip(written, gaps, strict=True) if abs(gap) > FORWARD]
     assert [verdict for verdict, _ in clear] == [float(gap > 0) for _, gap in clear]
-    assert len(clear) > 30 and {verdict for verdict, _ in clear} == {0.0, 1.0}
+    assert len(clear) > 30
+    assert {verdict for verdict, _ in clear} == {0.0, 1.0}
 
 
 def test_reward_model_reads_comparisons_as_texts_that_end(pipeline, tmp_path):
     """Each text alone through the model: the query, the summary and EOS, encoded here."""
     judge = str(pipeline.rm)
     _, rows = judged(tmp_path, judge, pipeline.data / "comparisons_train.jsonl")
-    run = runtime.Run(sample.Config(device="cpu", dtype="float32"))
-    run.tokenizer = Tokenizer.load(judge)
-    model = runtime.load_model(run, ScalarModel, judge)
+    tokenizer = Tokenizer.load(judge)
+    cfg = sample.Config(device="cpu", dtype="float32")
+    world = runtime.World(cfg)
+    model = runtime.load_model(cfg, world, tokenizer.n_vocab, ScalarModel, judge)
+    torch.distributed.destroy_process_group()
 
     @torch.no_grad()
     def reward(query, text):
-        ids = [*run.tokenizer.encode(query), *run.tokenizer.encode(text), run.tokenizer.eos_id]
+        ids = [*tokenizer.encode(query), *tokenizer.encode(text), tokenizer.eos_id]
         return model(torch.tensor([ids]), torch.tensor([[len(ids) - 1]])).item()
 
     gaps = [reward(row["query"], row["response"]) - reward(row["query"], row["other"]) for row in rows]
-    torch.distributed.destroy_process_group()
     clear = [(row["verdicts"][judge], gap) for row, gap in zip(rows, gaps) if abs(gap) > FORWARD]
-    assert len(clear) > 5 and [verdict for verdict, _ in clear] == [float(gap > 0) for _, gap in clear]
+    assert len(clear) > 5
+    assert [verdict for verdict, _ in clear] == [float(gap > 0) for _, gap in clear]
 
 
 def test_reward_model_ties_equal_texts(pipeline, samples, tmp_path):
     """Whatever else is in their micro-batches: rounding must not decide."""
-    rows = read_jsonl(samples[0])
+    rows = read_rows(samples[0])
     for row in rows[::2]:
         row["response"] = row["reference"]
     _, written = judged(tmp_path, str(pipeline.rm), write_rows(tmp_path / "half.jsonl", rows), micro_batch_size=5)
@@ -318,8 +332,13 @@ class Endpoint:
     """
 
     def __init__(self, pairs, script=lambda number, nth: HONEST, key=None):
-        self.pairs, self.script, self.key, self.port = pairs, script, key, 0
-        self.prompts, self.models, self.lock = [], set(), threading.Lock()
+        self.pairs = pairs
+        self.script = script
+        self.key = key
+        self.port = 0
+        self.prompts = []
+        self.models = set()
+        self.lock = threading.Lock()
         self.start()
 
     def start(self):
@@ -339,8 +358,9 @@ class Endpoint:
 
     def asked(self):
         """The numbers of the pairs asked so far, in the order in which they came; the next call begins anew."""
-        prompts, self.prompts = self.prompts, []
-        return list(map(number_of, prompts))
+        numbers = list(map(number_of, self.prompts))
+        self.prompts = []
+        return numbers
 
     def ours_first(self, prompt):
         pair = self.pairs[number_of(prompt)]
@@ -463,11 +483,14 @@ def test_verdict_is_read_from_the_reply(reply):
 def test_replies_without_a_verdict_are_kept(endpoint, tmp_path):
     unclear = {1: "", 3: "I cannot tell.", 4: "Verdict: A\nVerdict: B", 6: "Verdict: a close call"}
     server = endpoint(make_pairs(9), lambda number, nth: unclear.get(number, HONEST))
-    verdicts, replies = first = ask(server, cache=tmp_path / "replies.sqlite")
+    first = ask(server, cache=tmp_path / "replies.sqlite")
+    verdicts, replies = first
     expected = longer_wins(server.pairs)
     assert verdicts == [None if number in unclear else expected[number] for number in range(9)]
-    assert {number: replies[number] for number in unclear} == unclear and sorted(server.asked()) == list(range(9))
-    assert ask(server, cache=tmp_path / "replies.sqlite") == first and server.asked() == []
+    assert {number: replies[number] for number in unclear} == unclear
+    assert sorted(server.asked()) == list(range(9))
+    assert ask(server, cache=tmp_path / "replies.sqlite") == first
+    assert server.asked() == []
 
 
 @pytest.mark.parametrize("content", ["7", '["Verdict: A"]', '{"text": "Verdict: A"}', r'"\ud83d"'])
@@ -492,7 +515,8 @@ def test_a_judge_that_favours_a_place_sees_each_in_both(endpoint):
         verdicts, _ = ask(server, seed=seed)
         first = {number_of(prompt): server.ours_first(prompt) for prompt in server.prompts}
         shown.append([first[number] for number in range(60)])
-        assert verdicts == [float(ours) for ours in shown[-1]] and len(server.asked()) == 60
+        assert verdicts == [float(ours) for ours in shown[-1]]
+        assert len(server.asked()) == 60
         assert 18 <= sum(shown[-1]) <= 42  # 30, and three standard deviations of 60 tosses of a coin
     assert shown[0] == shown[1] != shown[2]
 
@@ -569,7 +593,8 @@ def test_a_library_that_is_missing_is_named(endpoint, monkeypatch):
 
 def test_a_server_that_goes_is_gone_on_with_when_it_is_back(endpoint, tmp_path):
     """After six replies nobody listens any more; the next call asks for the rest, and for nothing else."""
-    cache, answered = tmp_path / "replies.sqlite", set()
+    cache = tmp_path / "replies.sqlite"
+    answered = set()
 
     def dies(number, nth):
         with server.lock:
@@ -583,7 +608,8 @@ def test_a_server_that_goes_is_gone_on_with_when_it_is_back(endpoint, tmp_path):
     server = endpoint(make_pairs(40), dies)
     refused(f"{re.escape(server.judge)}: 2 requests in a row .*6 replies are kept.*the same command again",
             server, cache=cache)  # fmt: skip
-    assert answered < set(server.asked()) and n_replies(cache) == 6
+    assert answered < set(server.asked())
+    assert n_replies(cache) == 6
     server.script = lambda number, nth: HONEST
     server.start()
     assert ask(server, cache=cache)[0] == longer_wins(server.pairs)
@@ -609,10 +635,13 @@ def test_one_pair_without_a_reply_does_not_stop_the_others(endpoint, tmp_path, t
     server = endpoint(make_pairs(9), lambda number, nth: trouble if number == 4 else HONEST)
     expected = longer_wins(server.pairs)
     verdicts, replies = ask(server, cache=tmp_path / "replies.sqlite", retries=1)
-    assert verdicts == [*expected[:4], None, *expected[5:]] and replies[4] is None
-    assert server.asked().count(4) == times and n_replies(tmp_path / "replies.sqlite") == 8
+    assert verdicts == [*expected[:4], None, *expected[5:]]
+    assert replies[4] is None
+    assert server.asked().count(4) == times
+    assert n_replies(tmp_path / "replies.sqlite") == 8
     server.script = lambda number, nth: HONEST
-    assert ask(server, cache=tmp_path / "replies.sqlite")[0] == expected and server.asked() == [4]
+    assert ask(server, cache=tmp_path / "replies.sqlite")[0] == expected
+    assert server.asked() == [4]
 
 
 def test_pairs_that_never_have_a_reply_do_not_stop_the_next_call(endpoint, tmp_path):
@@ -625,7 +654,10 @@ def test_pairs_that_never_have_a_reply_do_not_stop_the_next_call(endpoint, tmp_p
 
 def test_requests_are_sent_by_as_many_workers_as_asked_for(endpoint):
     """Four at a time: each waits for three others, and the first four, for a while, for a fifth."""
-    together, fifth, lock, busy = threading.Barrier(4, timeout=10), threading.Event(), threading.Lock(), []
+    together = threading.Barrier(4, timeout=10)
+    fifth = threading.Event()
+    lock = threading.Lock()
+    busy = []
 
     def script(number, nth):
         with lock:
@@ -641,7 +673,8 @@ def test_requests_are_sent_by_as_many_workers_as_asked_for(endpoint):
 
     server = endpoint(make_pairs(16), script)
     assert ask(server, workers=4)[0] == longer_wins(server.pairs)
-    assert not fifth.is_set() and not together.broken
+    assert not fifth.is_set()
+    assert not together.broken
 
 
 # ---- the cache
@@ -649,23 +682,28 @@ def test_requests_are_sent_by_as_many_workers_as_asked_for(endpoint):
 
 def test_the_cache_knows_replies_by_model_and_prompt(endpoint, tmp_path):
     """The same again asks nothing; another seed asks what is shown in the other order; another model asks all."""
-    server, cache = endpoint(make_pairs(30)), tmp_path / "replies.sqlite"
-    expected, orders = longer_wins(server.pairs), []
+    server = endpoint(make_pairs(30))
+    cache = tmp_path / "replies.sqlite"
+    expected = longer_wins(server.pairs)
+    orders = []
     for seed in (0, 1):  # without the cache: which comes first
         ask(server, seed=seed)
         orders.append({number_of(prompt): server.ours_first(prompt) for prompt in server.prompts})
         server.asked()
     turned = [number for number in range(30) if orders[0][number] != orders[1][number]]
     for seed, asked in ((0, [*range(30)]), (0, []), (1, turned), (1, []), (0, [])):
-        assert ask(server, seed=seed, cache=cache)[0] == expected and sorted(server.asked()) == asked
+        assert ask(server, seed=seed, cache=cache)[0] == expected
+        assert sorted(server.asked()) == asked
     other = server.judge.replace("#model", "#another/model")
-    assert ask_all(other, server.pairs, 0, cache)[0] == expected and len(server.asked()) == 30
+    assert ask_all(other, server.pairs, 0, cache)[0] == expected
+    assert len(server.asked()) == 30
     assert server.models == {"model", "another/model"}
 
 
 def test_each_reply_is_kept_when_it_has_come(endpoint, tmp_path):
     """Also behind a request that hangs: its reply comes last, when those of all others are on the disk."""
-    cache, kept = tmp_path / "replies.sqlite", []
+    cache = tmp_path / "replies.sqlite"
+    kept = []
 
     def script(number, nth):
         if number == 0:
@@ -673,11 +711,13 @@ def test_each_reply_is_kept_when_it_has_come(endpoint, tmp_path):
         return HONEST
 
     server = endpoint(make_pairs(9), script)
-    assert ask(server, cache=cache)[0] == longer_wins(server.pairs) and kept == [True]
+    assert ask(server, cache=cache)[0] == longer_wins(server.pairs)
+    assert kept == [True]
 
 
 def test_a_killed_process_keeps_the_replies_that_had_come(endpoint, tmp_path):
-    cache, ended = tmp_path / "replies.sqlite", threading.Event()
+    cache = tmp_path / "replies.sqlite"
+    ended = threading.Event()
     server = endpoint(make_pairs(12), lambda number, nth: HONEST if number < 5 or ended.wait(60) else DROP)
     call = f"ask_all({server.judge!r}, {server.pairs!r}, 0, {str(cache)!r}, workers=1, timeout=60, retries=0)"
     process = subprocess.Popen([sys.executable, "-c", f"from evals.chat import ask_all; {call}"], cwd=ROOT)
@@ -685,14 +725,16 @@ def test_a_killed_process_keeps_the_replies_that_had_come(endpoint, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     ended.set()
-    assert came and server.asked() == [0, 1, 2, 3, 4, 5]
+    assert came
+    assert server.asked() == [0, 1, 2, 3, 4, 5]
     assert ask(server, cache=cache)[0] == longer_wins(server.pairs)
     assert sorted(server.asked()) == [*range(5, 12)]
 
 
 def test_two_calls_share_a_cache(endpoint, tmp_path):
     """The same command, started twice: both may have a reply to the same prompt."""
-    cache, others = tmp_path / "replies.sqlite", []
+    cache = tmp_path / "replies.sqlite"
+    others = []
 
     def script(number, nth):
         if number == 0 and nth == 1:  # meanwhile the other asks for all
@@ -705,10 +747,12 @@ def test_two_calls_share_a_cache(endpoint, tmp_path):
 
 @pytest.mark.parametrize("content", [b"no database" * 500, b"SQLite format 3\0" + b"\xff" * 4096])
 def test_a_corrupt_cache_is_one_line(endpoint, tmp_path, content):
-    server, cache = endpoint(make_pairs(3)), tmp_path / "replies.sqlite"
+    server = endpoint(make_pairs(3))
+    cache = tmp_path / "replies.sqlite"
     cache.write_bytes(content)
     refused(f"{re.escape(str(cache))}: .*move it away", server, cache=cache)
-    assert server.asked() == [] and cache.read_bytes() == content
+    assert server.asked() == []
+    assert cache.read_bytes() == content
 
 
 # ---- the script
@@ -719,9 +763,12 @@ def test_sample_asks_an_endpoint(endpoint, module, tmp_path):
     server = endpoint(make_pairs(18), lambda number, nth: "Hard to say." if number == 5 else HONEST)
     brief = module("brief", lambda queries, texts: [-len(text.split()) for text in texts])
     rows = [dict(query=pair["query"], response=pair["response"], reference=pair["other"]) for pair in server.pairs]
-    path, judges = write_rows(tmp_path / "samples.jsonl", rows), f"{server.judge},{brief}"
-    tables, written = first = judged(tmp_path / "judged", judges, path)
-    assert sorted(server.asked()) == list(range(18)) and server.models == {"model"}
+    path = write_rows(tmp_path / "samples.jsonl", rows)
+    judges = f"{server.judge},{brief}"
+    first = judged(tmp_path / "judged", judges, path)
+    tables, written = first
+    assert sorted(server.asked()) == list(range(18))
+    assert server.models == {"model"}
     verdicts = [None if number == 5 else verdict for number, verdict in enumerate(longer_wins(server.pairs))]
     for number, (row, pair) in enumerate(zip(written, server.pairs, strict=True)):
         reply = row["replies"][server.judge]
@@ -729,11 +776,15 @@ def test_sample_asks_an_endpoint(endpoint, module, tmp_path):
                        "verdicts": {server.judge: verdicts[number], brief: 1 - longer_wins([pair])[0]}}  # fmt: skip
         assert reply == "Hard to say." if number == 5 else reply.startswith("One is longer.")
     given = [verdict for verdict in verdicts if verdict is not None]
-    whole, agreed = tables[server.judge]["all"], tables[f"agreement of {server.judge} and {brief}"]
-    assert whole["n"] == 18 and counts(whole) == tuple(map(verdicts.count, (1.0, 0.5, 0.0, None)))
+    whole = tables[server.judge]["all"]
+    agreed = tables[f"agreement of {server.judge} and {brief}"]
+    assert whole["n"] == 18
+    assert counts(whole) == tuple(map(verdicts.count, (1.0, 0.5, 0.0, None)))
     assert whole["rate"] == pytest.approx(np.mean(given))
-    assert agreed["n"] == 17 and agreed["rate"] == pytest.approx(given.count(0.5) / 17)  # they agree on ties alone
-    assert judged(tmp_path / "judged", judges, path) == first and server.asked() == []
+    assert agreed["n"] == 17
+    assert agreed["rate"] == pytest.approx(given.count(0.5) / 17)  # they agree on ties alone
+    assert judged(tmp_path / "judged", judges, path) == first
+    assert server.asked() == []
 
 
 # ---------------------------------------------------------------------------- bad input
@@ -800,15 +851,19 @@ def test_bad_samples_or_judges_are_one_line(module, tmp_path, case):
             write_rows(path, content)
         elif content is not None:
             path.write_bytes(content.encode() if isinstance(content, str) else content)
-    judge, words = judge.replace("DIR", str(tmp_path)), words.replace("DIR", re.escape(str(tmp_path)))
+    judge = judge.replace("DIR", str(tmp_path))
+    words = words.replace("DIR", re.escape(str(tmp_path)))
     with pytest.raises(UserError, match=words) as error:
         winrate.main(winrate.Config(judge=judge, samples=",".join(map(str, paths)), device="cpu"))
-    assert "\n" not in str(error.value) and error.value.code == str(error.value)  # Python then exits with 1
+    assert "\n" not in str(error.value)
+    assert error.value.code == str(error.value)  # Python then exits with 1
 
 
-def test_bad_samples_end_the_command_with_one_line_and_exit_code_1(tmp_path):
-    command = [sys.executable, "sample.py", "--judge=choice", f"--samples={tmp_path}/none.jsonl", "--device=cpu"]
+@pytest.mark.parametrize("script", [["sample.py"], ["-m", "evals.winrate"]], ids=["sample.py", "evals.winrate"])
+def test_bad_samples_end_the_command_with_one_line_and_exit_code_1(tmp_path, script):
+    command = [sys.executable, *script, "--judge=choice", f"--samples={tmp_path}/none.jsonl", "--device=cpu"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert result.returncode == 1 and len(result.stderr.strip().split("\n")) == 1
+    assert result.returncode == 1
+    assert len(result.stderr.strip().split("\n")) == 1
     assert f"{tmp_path}/none.jsonl: cannot be read" in result.stderr
