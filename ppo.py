@@ -329,16 +329,16 @@ def ppo_update(run, cfg, policy, critic, queries, batch, token_loss, before_step
     parts = []
     metrics = {}
     for number, indices in enumerate(minibatch_indices(cfg, run.step)):
-        stats = accumulate(run, cfg, policy, critic, queries, batch, indices, token_loss, policy_learns)
-        for part in stats:
-            ratio = part["val/ratio_avg"]
+        sums = accumulate(run, cfg, policy, critic, queries, batch, indices, token_loss, policy_learns)
+        for stats in sums:
+            ratio = stats["val/ratio_avg"]
             # Before any step of this update it must be 1, or rollout and update disagree.
             first_ratio = ratio if number == 0 else torch.zeros_like(ratio)
-            means = {name: x / n_steps for name, x in part.items()}
-            parts.append({"val/ratio": first_ratio, **means})
+            part = {name: x / n_steps for name, x in stats.items()}
+            parts.append({"val/ratio": first_ratio, **part})
 
         if before_step is not None and policy_learns:
-            metrics.update(run.world.sum_scalars(stats))
+            metrics.update(run.world.sum_scalars(sums))
             if before_step(run, cfg, metrics):
                 policy_learns = False
                 policy.zero_grad()
@@ -356,19 +356,23 @@ def minibatch_indices(cfg, step):
 
 
 def accumulate(run, cfg, policy, critic, queries, batch, indices, token_loss, policy_learns):
-    """Accumulate the gradients of a minibatch's losses; returns a dict of statistics for each micro-batch."""
+    """Accumulate the gradients of the losses of a minibatch, the batch's rows at `indices`.
+
+    Returns for each micro-batch a dict of statistics, which add up to the minibatch's.
+    """
     minibatch = {name: x[indices] for name, x in batch.items()}
     # The losses are means over the whole minibatch: over all micro-batches, and all ranks.
     total_weight = minibatch["weights"].sum()
     n_values = minibatch["mask_p1"].sum()
     with_entropy = cfg.entropy_coef > 0
     options = (cfg.temperature, run.tokenizer.n_vocab, with_entropy)
-    parts = []
-    for part in run.micro_batches(minibatch["length"].tolist()):
-        ids, select, targets = sequence_inputs(run, queries, batch, indices[part])
+    sums = []
+    for positions in run.micro_batches(minibatch["length"].tolist()):
+        row_indices = indices[positions]
+        ids, select, targets = sequence_inputs(run, queries, batch, row_indices)
         micro = {}
         for name, x in minibatch.items():
-            micro[name] = x[part] if x.dim() == 1 else x[part, : select.shape[1]]
+            micro[name] = x[positions] if x.dim() == 1 else x[positions, : select.shape[1]]
 
         # One model at a time: its activations are gone before the next one's come.
         with torch.set_grad_enabled(policy_learns):
@@ -376,13 +380,13 @@ def accumulate(run, cfg, policy, critic, queries, batch, indices, token_loss, po
         new_logprobs, new_entropy = new if with_entropy else (new, None)
         loss, stats = actor_loss(cfg, token_loss, new_logprobs, micro, total_weight, new_entropy)
         if policy_learns:
-            backward(run, loss, indices[part])
+            backward(run, loss, row_indices)
         if critic is not None:
             loss, critic_stats = critic_loss(cfg, critic(ids, select), micro, n_values)
-            backward(run, loss, indices[part])
+            backward(run, loss, row_indices)
             stats.update(critic_stats)
-        parts.append(stats)
-    return parts
+        sums.append(stats)
+    return sums
 
 
 def actor_loss(cfg, token_loss, new_logprobs, micro, total_weight, new_entropy=None):
