@@ -77,8 +77,7 @@ def rotate(x, cos, sin):
     rest = x[..., rot:]
     first, second = head.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
-    head = head * cos + turned * sin
-    return torch.cat((head, rest), dim=-1)
+    return torch.cat((head * cos + turned * sin, rest), dim=-1)
 
 
 class MLP(nn.Module):
@@ -152,8 +151,7 @@ class Body(nn.Module):
         """Positions (..., T) -> cos, sin (..., T, rot), computed in float32 and then cast."""
         rot = self.config.rotary_dims
         exponent = torch.arange(0, rot, 2, device=positions.device).float() / rot
-        frequencies = self.config.rotary_emb_base**-exponent
-        angles = positions[..., None].float() * frequencies
+        angles = positions[..., None].float() * self.config.rotary_emb_base**-exponent
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -236,6 +234,11 @@ class GPTNeoX(Pretrained):
         return torch.cat(pieces, -1)
 
 
+class ScalarHead(nn.Linear):
+    def forward(self, h):
+        return super().forward(h)[..., 0].float().clone()  # FSDP's hooks warn of outputs that are views
+
+
 class ScalarModel(Pretrained):
     """A reward model or a critic: forward(ids (B, T), select=None (B, R)) -> scalars (B, R or T).
 
@@ -248,12 +251,11 @@ class ScalarModel(Pretrained):
 
     def __init__(self, config):
         super().__init__(config)
-        self.score = nn.Linear(config.hidden_size, 1)
+        self.score = ScalarHead(config.hidden_size, 1)
         init_weights(self)
 
     def forward(self, ids, select=None):
-        scalars = self.score(self.gpt_neox(ids, select))[..., 0]
-        return scalars.float().clone()  # FSDP's hooks warn of outputs that are views
+        return self.score(self.gpt_neox(ids, select))
 
 
 def token_logprobs(logits, tokens, temperature=1.0, n_vocab=None, with_entropy=False):
@@ -263,8 +265,7 @@ def token_logprobs(logits, tokens, temperature=1.0, n_vocab=None, with_entropy=F
     with_entropy: return (2, B, R), with the entropy of that distribution in nats as the second.
     This is the plain way; training takes `fast.token_logprobs`, which gives the same in a fraction of the memory.
     """
-    known = logits[..., :n_vocab].float()
-    log_p = (known / temperature).log_softmax(-1)
+    log_p = (logits[..., :n_vocab].float() / temperature).log_softmax(-1)
     logprobs = log_p.gather(-1, tokens[..., None])[..., 0]
     if not with_entropy:
         return logprobs

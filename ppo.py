@@ -400,7 +400,9 @@ def actor_loss(cfg, token_loss, new_logprobs, micro, total_weight, new_entropy=N
     pg_loss = token_loss(cfg, new_logprobs, micro)  # (B, R)
     with torch.no_grad():
         ratio = torch.exp(new_logprobs - logprobs)
-        is_clipped = pg_loss > -micro["advantages"] * ratio
+        # Where PPO's clip takes the gradient away, or, in a variant, would.
+        clipped = ratio.clamp(1 - cfg.cliprange, 1 + cfg.cliprange)
+        is_clipped = micro["advantages"] * clipped < micro["advantages"] * ratio
         stats = {
             "loss/policy_avg": (pg_loss * weights).sum(),
             "policy/approxkl_avg": (0.5 * (new_logprobs - logprobs) ** 2 * weights).sum(),

@@ -26,17 +26,28 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from pipeline import Pipeline, arguments  # noqa: E402
 
-STAGES = dict(sft=dict(episodes=640), rm=dict(episodes=480, eval_split="train"), dpo=dict(episodes=320),
-              ppo=dict(episodes=96, kl_target=0.5, samples_every=1))  # fmt: skip
+# stage: what its configuration adds
+STAGES = {
+    "sft": {"episodes": 640},
+    "rm": {"episodes": 480, "eval_split": "train"},
+    "dpo": {"episodes": 320},
+    "ppo": {"episodes": 96, "kl_target": 0.5, "samples_every": 1},
+}
+MOMENTS = {"setup": "in the setup", "update": "in an update", "save": "in a save", "export": "in the export"}
 MARK = "NPLUS_CHAOS"  # an environment variable by which all processes of a job are found
 
 
+# ---------------------------------------------------------------------------- a job
+
+
 def start(stage, cfg, processes):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(torchrun if processes > 1 else []), f"{stage}.py", *arguments(cfg)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", MARK: cfg.out_dir}
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [f"{stage}.py", *arguments(cfg)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", MARK: cfg.out_dir}
     with open(f"{cfg.out_dir}.log", "ab") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 
 def kill(process, cfg):
@@ -53,30 +64,44 @@ def kill(process, cfg):
 
 
 def temporary(cfg):
-    return next(iter([*Path(cfg.out_dir).glob("checkpoints/tmp_*"), *Path(cfg.out_dir).glob("tmp_*")]), None)
+    """The directory of a checkpoint, or of the final model, that is being written; None if there is none."""
+    out_dir = Path(cfg.out_dir)
+    found = [*out_dir.glob("checkpoints/tmp_*"), *out_dir.glob("tmp_*")]
+    return found[0] if found else None
 
 
 def moment(cfg):
     """What a job was doing, by what lies in its directory."""
-    directory, found = Path(cfg.out_dir), temporary(cfg)
-    if found:
-        return "export" if found.parent == directory else "save"
-    log = directory / "metrics.jsonl"
-    return "update" if log.exists() and log.stat().st_size else "setup"
+    found = temporary(cfg)
+    if found is not None:
+        return "export" if found.parent == Path(cfg.out_dir) else "save"
+    log = Path(cfg.out_dir) / "metrics.jsonl"
+    has_begun = log.exists() and log.stat().st_size
+    return "update" if has_begun else "setup"
 
 
 def results(cfg):
+    """The bytes of what a run has written."""
     names = ("metrics.jsonl", "samples.jsonl", "final/model.safetensors", "eval.json")
-    return [(Path(cfg.out_dir) / name).read_bytes() for name in names if (Path(cfg.out_dir) / name).exists()]
+    paths = [Path(cfg.out_dir) / name for name in names]
+    return {path.name: path.read_bytes() for path in paths if path.exists()}
+
+
+# ---------------------------------------------------------------------------- kills
 
 
 def torment(stage, cfg, processes, kills, seconds, expected, dice):
     """Returns what the job was doing at each kill, and whether each finished run was as expected."""
-    moments, same = Counter(), []
+    moments = Counter()
+    same = []
     while moments.total() < kills or not same:
-        process, deadline = start(stage, cfg, processes), time.monotonic() + dice.uniform(0, seconds)
+        process = start(stage, cfg, processes)
+        deadline = time.monotonic() + dice.uniform(0, seconds)
         while process.poll() is None and moments.total() < kills:
-            if temporary(cfg) if moments.total() % 2 else time.monotonic() > deadline:
+            is_due = time.monotonic() > deadline
+            if moments.total() % 2:
+                is_due = temporary(cfg) is not None
+            if is_due:
                 time.sleep(dice.uniform(0, 0.04))
                 moments[moment(cfg)] += 1
                 kill(process, cfg)
@@ -97,20 +122,26 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", default=",".join(STAGES))
     args = parser.parse_args()
-    dice, pipeline = random.Random(args.seed), Pipeline(Path(tempfile.mkdtemp(prefix="chaos-")))
-    rows = [f"| stage | kills, {args.processes} process{'es' * (args.processes > 1)} | in the setup | in an update | "
-            "in a save | in the export | finished runs | identical |", "|" + "---|" * 8]  # fmt: skip
+    dice = random.Random(args.seed)
+    pipeline = Pipeline(Path(tempfile.mkdtemp(prefix="chaos-")))
+    rows = []
     for stage in args.stages.split(","):
-        options = dict(STAGES[stage], save_every=2)
-        alone, tormented = (pipeline.config(importlib.import_module(stage), f"{stage}_{n}", **options) for n in "at")
+        module = importlib.import_module(stage)
+        alone = pipeline.config(module, f"{stage}_alone", save_every=2, **STAGES[stage])
+        tormented = pipeline.config(module, f"{stage}_tormented", save_every=2, **STAGES[stage])
         begun = time.monotonic()
         if start(stage, alone, args.processes).wait():
             raise SystemExit(f"{stage} failed: see {alone.out_dir}.log")
         seconds = time.monotonic() - begun
         moments, same = torment(stage, tormented, args.processes, args.kills, seconds, results(alone), dice)
-        counts = " | ".join(str(moments[name]) for name in ("setup", "update", "save", "export"))
-        rows.append(f"| {stage} | {sum(moments.values())} | {counts} | {len(same)} | {sum(same)} |")
+        counts = [moments.total(), *(moments[name] for name in MOMENTS), len(same), sum(same)]
+        rows.append(f"| {stage} | {' | '.join(map(str, counts))} |")
         print(rows[-1], f"({seconds:.0f} s when left alone)", flush=True)
+
+    processes = "1 process" if args.processes == 1 else f"{args.processes} processes"
+    titles = ["stage", f"kills, {processes}", *MOMENTS.values(), "finished runs", "identical"]
+    print(f"\n| {' | '.join(titles)} |")
+    print("|---" * len(titles) + "|")
     print("\n".join(rows))
 
 

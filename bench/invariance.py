@@ -10,7 +10,6 @@ Markdown.
 """
 
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -24,47 +23,83 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from pipeline import Pipeline, arguments, metrics  # noqa: E402
 
-STAGES = dict(sft={}, rm={}, dpo={}, ppo=dict(samples_every=1, kl_target=0.5))
+from hub.files import read_jsonl  # noqa: E402
+
+# stage: what its configuration adds
+STAGES = {
+    "sft": {},
+    "rm": {},
+    "dpo": {},
+    "ppo": {"samples_every": 1, "kl_target": 0.5},
+}
+PROCESSES = (1, 2, 4)
+MICRO_BATCHES = (1, 2, 8)
 
 
 def run(stage, cfg, processes):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([*command, f"{stage}.py", *arguments(cfg)], cwd=ROOT, env=env, check=True, capture_output=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*torchrun, f"{stage}.py", *arguments(cfg)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
 
 
-def distance(cfg, reference):
-    """Of the losses, of the weights and of the biases."""
-    losses = [abs(a[name] - b[name]) / abs(b[name]) for a, b in zip(metrics(cfg), metrics(reference), strict=True)
-              for name in b if "loss" in name]  # fmt: skip
-    ours, theirs = (load_file(Path(c.out_dir) / "final" / "model.safetensors") for c in (cfg, reference))
-    apart = {name: ((ours[name] - b).abs().max() / b.abs().max().clamp(min=1e-12)).item() for name, b in theirs.items()}
-    weights, biases = (max(x for n, x in apart.items() if n.endswith("bias") == which) for which in (False, True))
-    return max(losses), weights, biases
+def distances(cfg, reference):
+    """How far two runs are apart: in their losses, their weights and their biases."""
+    losses = []
+    for ours, theirs in zip(metrics(cfg), metrics(reference), strict=True):
+        for name, loss in theirs.items():
+            if "loss" in name:
+                losses.append(abs(ours[name] - loss) / abs(loss))
+
+    ours = load_file(Path(cfg.out_dir) / "final" / "model.safetensors")
+    theirs = load_file(Path(reference.out_dir) / "final" / "model.safetensors")
+    weights = []
+    biases = []
+    for name, tensor in theirs.items():
+        largest = tensor.abs().max().clamp(min=1e-12)
+        apart = ((ours[name] - tensor).abs().max() / largest).item()
+        kind = biases if name.endswith("bias") else weights
+        kind.append(apart)
+    return max(losses), max(weights), max(biases)
 
 
 def texts(cfg):
     path = Path(cfg.out_dir) / "samples.jsonl"
-    return [json.loads(line)["response"] for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    return [row["response"] for row in read_jsonl(path)]
+
+
+def compare_stage(pipeline, stage):
+    """Run a stage on all numbers of processes and micro-batches; returns its rows of the table."""
+    module = importlib.import_module(stage)
+    reference = None
+    rows = []
+    for processes in PROCESSES:
+        cells = [stage, str(processes)]
+        for micro in MICRO_BATCHES:
+            name = f"{stage}_{processes}_{micro}"
+            cfg = pipeline.config(module, name, episodes=40, micro_batch_size=micro, **STAGES[stage])
+            run(stage, cfg, processes)
+            if reference is None:
+                reference = cfg
+                cells.append("(reference)")
+                continue
+            if texts(cfg) != texts(reference):
+                raise SystemExit(f"{cfg.out_dir} sampled other texts than {reference.out_dir}")
+            cells.append(" / ".join(f"{distance:.0e}" for distance in distances(cfg, reference)))
+        rows.append(f"| {' | '.join(cells)} |")
+        print(rows[-1], flush=True)
+    return rows
 
 
 def main():
-    pipeline, micro_batches = Pipeline(Path(tempfile.mkdtemp(prefix="invariance-"))), (1, 2, 8)
-    rows = ["| stage | processes | micro-batch " + " | ".join(map(str, micro_batches)) + " |", "|" + "---|" * 5]
+    pipeline = Pipeline(Path(tempfile.mkdtemp(prefix="invariance-")))
+    rows = []
     for stage in sys.argv[1:] or STAGES:
-        reference = None
-        for processes in (1, 2, 4):
-            cells = []
-            for micro in micro_batches:
-                options = dict(STAGES[stage], episodes=40, micro_batch_size=micro)
-                cfg = pipeline.config(importlib.import_module(stage), f"{stage}_{processes}_{micro}", **options)
-                run(stage, cfg, processes)
-                if reference and texts(cfg) != texts(reference):
-                    raise SystemExit(f"{cfg.out_dir} sampled other texts than {reference.out_dir}")
-                cells.append(" / ".join(f"{x:.0e}" for x in distance(cfg, reference)) if reference else "(reference)")
-                reference = reference or cfg
-            rows.append(f"| {stage} | {processes} | " + " | ".join(cells) + " |")
-            print(rows[-1], flush=True)
+        rows += compare_stage(pipeline, stage)
+    print(f"\n| stage | processes | micro-batch {' | '.join(map(str, MICRO_BATCHES))} |")
+    print("|---" * (2 + len(MICRO_BATCHES)) + "|")
     print("\n".join(rows))
 
 

@@ -51,10 +51,14 @@ def prompt_for(pair, swapped):
     return PROMPT.format(query=pair["query"], a=first, b=second)
 
 
+VERDICT = re.compile(r"verdict\W+(?:summary\W+)?(a|b|tie)\W*$", re.IGNORECASE | re.MULTILINE)
+
+
 def parse_verdict(reply, swapped):
     """1.0 if the reply prefers the pair's response, 0.0 the other, 0.5 neither; None if it is not one clear verdict."""
-    found = re.findall(r"verdict\W+(?:summary\W+)?(a|b|tie)\W*$", reply or "", re.IGNORECASE | re.MULTILINE)
-    verdicts = {word.lower() for word in found}
+    if reply is None:
+        return None
+    verdicts = {word.lower() for word in VERDICT.findall(reply)}
     if len(verdicts) != 1:
         return None
     if "tie" in verdicts:
@@ -73,16 +77,24 @@ def ask_all(judge, pairs, seed, cache, workers=8, timeout=60.0, retries=6):
     url, _, model = judge.partition("#")
     require(model, f"judge {judge}: names no model; write URL#model")
     swapped = (np.random.default_rng(seed).random(len(pairs)) < 0.5).tolist()
-    prompts = [prompt_for(pair, swap) for pair, swap in zip(pairs, swapped)]
-    keys = [hashlib.sha256(json.dumps([model, OPTIONS, prompt]).encode()).hexdigest() for prompt in prompts]
+    prompts = list(map(prompt_for, pairs, swapped))
+    keys = [key_of(model, prompt) for prompt in prompts]
+
     replies = Replies(cache)
     try:
         missing = {key: prompt for key, prompt in zip(keys, prompts) if key not in replies.known}
-        ask_missing(Asker(judge, url, model, timeout, retries), missing, keys, replies, workers)
+        asker = Asker(judge, url, model, timeout, retries)
+        ask_missing(asker, missing, keys, replies, workers)
     finally:
         replies.close()
-    found = [replies.known.get(key) for key in keys]
-    return [parse_verdict(reply, swap) for reply, swap in zip(found, swapped)], found
+    found = list(map(replies.known.get, keys))
+    return list(map(parse_verdict, found, swapped)), found
+
+
+def key_of(model, prompt):
+    """By which a reply is found again."""
+    question = json.dumps([model, OPTIONS, prompt])
+    return hashlib.sha256(question.encode()).hexdigest()
 
 
 class Replies:
@@ -115,17 +127,23 @@ def ask_missing(asker, missing, keys, replies, workers):
             if reply is not None:
                 replies.keep(futures[future], reply)
             n_known = sum(key in replies.known for key in keys)
+
+            failed_in_a_row += 1
             # To refuse a prompt is an answer, unless all are refused.
-            answered = reply is not None or (refused and n_known)
-            failed_in_a_row = 0 if answered else failed_in_a_row + 1
+            if reply is not None or (refused and n_known):
+                failed_in_a_row = 0
             limit = workers if n_known else min(workers, len(missing))
             if failed_in_a_row == limit:
-                kept = "lost (--out_dir keeps them)" if replies.cache == ":memory:" else "kept"
-                why = f"{failed_in_a_row} requests in a row had no reply ({asker.trouble})"
-                mend = "mend that, and run the same command again"
-                raise UserError(f"judge {asker.judge}: {why}; {n_known} replies are {kept}: {mend}")
+                raise UserError(describe_failure(asker, failed_in_a_row, n_known, replies.cache))
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def describe_failure(asker, n_failed, n_known, cache):
+    why = f"{n_failed} requests in a row had no reply ({asker.trouble})"
+    kept = "lost (--out_dir keeps them)" if cache == ":memory:" else "kept"
+    mend = "mend that, and run the same command again"
+    return f"judge {asker.judge}: {why}; {n_known} replies are {kept}: {mend}"
 
 
 class Asker:
@@ -139,24 +157,32 @@ class Asker:
         self.openai = openai
         self.trouble = ""  # what the last request that failed said
         key = os.environ.get("OPENAI_API_KEY") or "none"  # a server of one's own may need none
+        options = {"max_retries": retries, "timeout": timeout}
         with explain(f"judge {judge}: no such URL", Exception):
-            self.client = openai.OpenAI(base_url=url, api_key=key, max_retries=retries, timeout=timeout)
+            self.client = openai.OpenAI(base_url=url, api_key=key, **options)
 
     def __call__(self, prompt):
-        messages = [{"role": "user", "content": prompt}]
-        for _ in range(2):  # the library sends again what fails; this does so for an answer that is none
+        openai = self.openai
+        # The library sends again what fails; a second round does so for an answer that is none.
+        for _ in range(2):
             try:
-                answer = self.client.chat.completions.create(model=self.model, messages=messages, **OPTIONS)
-                text = answer.choices[0].message.content or ""
-                return text.encode(errors="replace").decode(), False  # half a surrogate pair cannot be kept
-            except self.openai.APIStatusError as error:
+                return self.ask(prompt), False
+            except openai.APIStatusError as error:
                 if error.status_code in (401, 403, 404):
-                    raise UserError(f"judge {self.judge}: {error}; mend OPENAI_API_KEY, URL or model") from None
+                    mend = "mend OPENAI_API_KEY, URL or model"
+                    raise UserError(f"judge {self.judge}: {error}; {mend}") from None
                 self.trouble = str(error)
                 return None, error.status_code in (400, 413, 422)  # too long, or filtered
-            except self.openai.APIConnectionError as error:  # time-outs too
+            except openai.APIConnectionError as error:  # time-outs too
                 self.trouble = f"{error} {error.__cause__ or ''}"
                 return None, False
-            except (self.openai.APIError, ValueError, LookupError, TypeError, AttributeError) as error:
+            except (openai.APIError, ValueError, LookupError, TypeError, AttributeError) as error:
                 self.trouble = f"not a chat completion: {error}"
         return None, False
+
+    def ask(self, prompt):
+        messages = [{"role": "user", "content": prompt}]
+        completions = self.client.chat.completions
+        answer = completions.create(model=self.model, messages=messages, **OPTIONS)
+        text = answer.choices[0].message.content or ""
+        return text.encode(errors="replace").decode()  # half a surrogate pair cannot be kept

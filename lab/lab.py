@@ -36,7 +36,7 @@ import sample  # noqa: E402
 import sft  # noqa: E402
 from configurator import configure  # noqa: E402
 from data import Tokenizer  # noqa: E402
-from evals import samples  # noqa: E402
+from evals import samples, scores  # noqa: E402
 from hub.files import write_jsonl  # noqa: E402
 from hub.weights import load_weights  # noqa: E402
 from lab import report  # noqa: E402
@@ -154,10 +154,10 @@ def policy(seed, name, argv, sft_model="sft", **doors):
     metrics = report.read(place(name, seed) / "metrics.jsonl")
     curves = {curve: [row[key] for row in metrics] for curve, key in CURVES.items()}
     written = report.read(place(name, seed) / "samples.jsonl")
-    scores = gold.score([row["query"] for row in written], [row["response"] for row in written])
-    curves["gold"] = np.reshape(scores, (len(metrics), BATCH)).mean(1).tolist()
+    golds = gold.score([row["query"] for row in written], [row["response"] for row in written])
+    curves["gold"] = np.reshape(golds, (len(metrics), BATCH)).mean(1).tolist()
     texts = []
-    for row, true in zip(written, scores):
+    for row, true in zip(written, golds):
         texts.append((row["step"], row["response"], row["score"], true))
     first_of_each = texts[::BATCH]
     return {**curves, "texts": [*first_of_each[::10], first_of_each[-1]]}
@@ -194,7 +194,7 @@ def draw(cfg, scorer, found):
     world = World(cfg)
     tokenizer = Tokenizer.load(cfg.model)
     language_model = load_model(cfg, world, tokenizer.n_vocab, GPTNeoX, cfg.model)
-    score = samples.reward_function(cfg, world, tokenizer, scorer)
+    score = scores.by_models(cfg, world, tokenizer, scorer)
     rows = load_split(cfg, world, tokenizer, cfg.data, cfg.split)[:]
     queries = rows["query"] * DRAWS
     responses = samples.sample(cfg, world, tokenizer, language_model, queries)
@@ -202,15 +202,15 @@ def draw(cfg, scorer, found):
     found["gold"] = gold.score(list(map(tokenizer.decode, queries)), list(map(tokenizer.decode, responses)))
 
 
-def best_of_mean(ranks, scores, n):
-    """The mean score of the best of n by rank, over all sets of n of the N draws: arrays (N, posts).
+def best_of_mean(ranks, values, n):
+    """The mean value of the best of n by rank, over all sets of n of the N draws: arrays (N, posts).
 
     The i-th best of N (from 0) is the best of a set of n if the others come from the N - 1 - i behind it.
     """
     N = len(ranks)
     weights = [math.comb(N - 1 - i, n - 1) / math.comb(N, n) for i in range(N)]
     order = np.argsort(-ranks, axis=0, kind="stable")
-    return weights @ np.take_along_axis(scores, order, axis=0).mean(1)
+    return weights @ np.take_along_axis(values, order, axis=0).mean(1)
 
 
 # ---------------------------------------------------------------------------- experiments

@@ -56,12 +56,18 @@ WITHOUT_EOS = dict(
 )
 
 
+def masks(last, n_columns):
+    """mask and mask_p1 (B, R) of responses whose last tokens are in the columns `last`."""
+    last = torch.tensor(last)[:, None]
+    columns = torch.arange(n_columns)
+    return columns <= last, columns <= last + 1
+
+
 def rewards_of(case, **settings):
     """The KL (1, 6) of the example's log-probabilities, as a rollout has it, and the rewards made of it."""
-    last = torch.tensor([case["last"]])
-    mask = torch.arange(6) <= last[:, None]
+    mask, mask_p1 = masks([case["last"]], 6)
     kl = (t(LOGPROBS) - t(REF_LOGPROBS)) * mask
-    return kl, shape_rewards(kl, t([case["score"]]), last, mask, 0.05, **settings)
+    return kl, shape_rewards(kl, t([case["score"]]), mask_p1, 0.05, **settings)
 
 
 @pytest.mark.parametrize("case", [WITH_EOS, WITHOUT_EOS], ids=["eos", "no eos"])
@@ -69,12 +75,11 @@ def test_reference_step_matches_worked_example(case):
     kl, rewards = rewards_of(case)
     check(kl, [case["kl"]], PRINTED)
     check(rewards, [case["rewards"]], PRINTED)
-    columns = torch.arange(6)
-    values = t(VALUES) * (columns <= case["last"] + 1)
+    mask, mask_p1 = masks([case["last"]], 6)
+    values = t(VALUES) * mask_p1
     advantages = gae(rewards, values, 1.0, 0.95)
     check(advantages, [case["advantages"]], PRINTED)
     check(advantages + values, [case["returns"]], PRINTED)
-    mask = columns[None] <= case["last"]
     check(whiten(advantages, mask), [case["whitened"]], PRINTED)
 
 
@@ -91,13 +96,12 @@ def test_whitened_rewards_match_worked_example():
 def test_shape_rewards_matches_loop(whiten_rewards):
     B, R = 6, 7
     scores = normal(B, seed=2, scale=3)
-    last = torch.tensor([0, 3, 5, 6, 2, 6])
-    mask = torch.arange(R) <= last[:, None]
+    last = [0, 3, 5, 6, 2, 6]
+    mask, mask_p1 = masks(last, R)
     kl = normal(B, R) * mask  # that pads have none is the rollout's: see test_stages and test_options
     before = kl.clone()
     expected = np.zeros((B, R))
-    for row in range(B):
-        end = last[row].item()
+    for row, end in enumerate(last):
         for column in range(end + 1):
             expected[row, column] = -0.15 * kl[row, column].item()
         expected[row, min(end + 1, R - 1)] += scores[row].item()
@@ -107,20 +111,19 @@ def test_shape_rewards_matches_loop(whiten_rewards):
         scale = 1 / math.sqrt(rewards.var() + 1e-8)
         for place in inside:
             expected[place] = (expected[place] - rewards.mean()) * scale + rewards.mean()
-    got = shape_rewards(kl, scores, last, mask, 0.15, whiten_rewards=whiten_rewards)
+    got = shape_rewards(kl, scores, mask_p1, 0.15, whiten_rewards=whiten_rewards)
     check(got, expected)
     assert torch.equal(kl, before)  # it is reported as it was
 
 
 def test_reward_of_equal_policies_is_only_the_score():
-    last = torch.tensor([0, 4, 2])
-    mask = torch.arange(5) <= last[:, None]
-    rewards = shape_rewards(torch.zeros(3, 5), t([2.0, 3.0, 4.0]), last, mask, 0.05)
+    _, mask_p1 = masks([0, 4, 2], 5)
+    rewards = shape_rewards(torch.zeros(3, 5), t([2.0, 3.0, 4.0]), mask_p1, 0.05)
     assert rewards.tolist() == [[0, 2, 0, 0, 0], [0, 0, 0, 0, 3], [0, 0, 0, 4, 0]]
 
 
 def test_response_of_one_token_gets_kl_and_score():
-    rewards = shape_rewards(t([[2.0]]), t([5.0]), torch.tensor([0]), torch.tensor([[True]]), 0.1)
+    rewards = shape_rewards(t([[2.0]]), t([5.0]), torch.tensor([[True]]), 0.1)
     check(rewards, [[4.8]])
 
 

@@ -231,8 +231,10 @@ def test_entropy_coef_raises_the_entropy(ppo_run):
 
 def test_ptx_adds_the_sft_loss(pipeline, ppo_run):
     """The first step's loss is transformers' cross-entropy of the mixed-in rows; later the SFT loss is lower."""
-    mix = ppo_max.PretrainingMix()
-    rows, _ = ppo_run("ptx", stage=ppo_max, before_step=mix, ptx_coef=10.0, n_epochs=1)
+    options = dict(eval_split="", samples_every=0, n_epochs=1)
+    mixed = pipeline.config(ppo_max, "option_ptx", ptx_coef=10.0, **options)
+    ppo_max.main(mixed)
+    rows = metrics(mixed)
     data = load_rows(f"{pipeline.data}/sft_{{split}}.jsonl", "train", Tokenizer.load(str(pipeline.sft)), 1)
     model = GPTNeoXForCausalLM.from_pretrained(pipeline.sft)
     sums = 0.0

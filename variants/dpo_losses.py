@@ -26,8 +26,11 @@ def pair_loss(cfg, logprobs, ref_logprobs, lengths):
     fits = cfg.label_smoothing == 0 or (cfg.loss_type == "robust" and cfg.label_smoothing < 0.5)
     wrong = f"label_smoothing {cfg.label_smoothing} does not fit loss_type {cfg.loss_type!r}"
     require(fits, f"{wrong}; sigmoid and robust take one below 0.5")
+
     ratios = logprobs - ref_logprobs  # (B, 2)
-    losses = FAMILY[cfg.loss_type](ratios, lengths, cfg.beta, cfg.label_smoothing)
+    family = {"robust": robust, "ipo_norm": ipo_norm, "apo_zero": apo_zero}
+    loss = family[cfg.loss_type]
+    losses = loss(ratios, lengths, cfg.beta, cfg.label_smoothing)
     return losses, cfg.beta * ratios
 
 
@@ -36,22 +39,21 @@ def robust(ratios, lengths, beta, label_smoothing):
     margin = ratios[:, 0] - ratios[:, 1]
     right = F.logsigmoid(beta * margin)
     wrong = F.logsigmoid(-beta * margin)
-    return (-(1 - label_smoothing) * right + label_smoothing * wrong) / (1 - 2 * label_smoothing)
+    losses = -(1 - label_smoothing) * right + label_smoothing * wrong
+    return losses / (1 - 2 * label_smoothing)
 
 
 def ipo_norm(ratios, lengths, beta, label_smoothing):
     """IPO of the ratios per token, as newer versions of TRL have it. (arXiv:2310.12036 eq. 17)"""
     per_token = ratios / lengths
-    return (per_token[:, 0] - per_token[:, 1] - 1 / (2 * beta)) ** 2
+    margin = per_token[:, 0] - per_token[:, 1]
+    return (margin - 1 / (2 * beta)) ** 2
 
 
 def apo_zero(ratios, lengths, beta, label_smoothing):
     """Chosen responses become likelier, rejected ones less likely. (arXiv:2408.06266)"""
     chosen, rejected = torch.sigmoid(beta * ratios).unbind(1)
     return 1 - chosen + rejected
-
-
-FAMILY = {"robust": robust, "ipo_norm": ipo_norm, "apo_zero": apo_zero}
 
 
 def main(cfg):

@@ -16,7 +16,8 @@ from typing import Literal
 import ppo
 from configurator import configure
 from data import batch_indices, collate
-from runtime import backward, load_split
+from hub.tokenizer import Tokenizer
+from runtime import World, backward, load_split
 
 
 @dataclass
@@ -64,17 +65,17 @@ def normalize_scores(scores, moments, how):
 class PretrainingMix:
     """Before each step: the gradient of ptx_coef * mean -log p per token, of as many rows as the minibatch has."""
 
-    def __init__(self):
-        self.rows = None
+    def __init__(self, cfg):
+        longest = cfg.max_length and cfg.max_length + cfg.response_length
+        options = dict(n_responses=1, max_length=longest)
+        tokenizer = Tokenizer.load(cfg.model)
+        source = cfg.ptx_data or cfg.data
+        self.rows = load_split(cfg, World(cfg), tokenizer, source, cfg.train_split, **options)
+        self.step = -1
 
     def __call__(self, run, cfg, metrics):
-        if self.rows is None:
-            longest = cfg.max_length and cfg.max_length + cfg.response_length
-            options = dict(n_responses=1, max_length=longest)
-            source = cfg.ptx_data or cfg.data
-            self.rows = load_split(cfg, run.world, run.tokenizer, source, cfg.train_split, **options)
-            self.step = -1
         if self.step != run.step:
+            # A new update: as many rows as the batch has, in the order of its minibatches.
             self.step = run.step
             self.batch = self.rows.select(batch_indices(len(self.rows), cfg.batch_size, run.step, cfg.seed + 1))
             self.minibatches = ppo.minibatch_indices(cfg, run.step)
@@ -96,7 +97,7 @@ def accumulate(run, cfg, rows):
 
 
 def main(cfg, score=None):
-    before_step = PretrainingMix() if cfg.ptx_coef else None
+    before_step = PretrainingMix(cfg) if cfg.ptx_coef else None
     ppo.main(cfg, score, advantages=advantages, before_step=before_step)
 
 

@@ -1,4 +1,4 @@
-"""PPO-RB, the rollback of Truly PPO (arXiv:1903.07940 eq. 9, 10): beyond the clip the loss pulls back.
+"""PPO-RB, the rollback of Truly PPO (arXiv:1903.07940): beyond the clip the loss pulls back.
 
     python -m variants.truly_ppo config/toy_ppo.py --out_dir=out/toy/truly_ppo
     torchrun --nproc_per_node=8 -m variants.truly_ppo config/ppo_1b.py --out_dir=out/truly_ppo_1b
