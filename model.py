@@ -19,7 +19,6 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,7 +28,7 @@ from fast import Linear
 from generation import generate  # noqa: F401 (notebooks take it from here)
 from hub.config import FIXED, GPTNeoXConfig
 from hub.files import write_json
-from hub.weights import copy_rows, find_model, full, load_weights
+from hub.weights import copy_rows, find_model, load_weights, write_safetensors
 
 # ---------------------------------------------------------------------------- the network
 
@@ -182,22 +181,17 @@ class Pretrained(nn.Module):
     def save_pretrained(self, directory):
         """Write config.json and model.safetensors as transformers reads them.
 
-        With sharded parameters every rank must call this: each tensor is gathered, and rank 0 writes them.
+        With sharded parameters every rank must call this: one tensor at a time is gathered, and rank 0 writes it.
         """
-        is_main = not dist.is_initialized() or dist.get_rank() == 0
-        state = {}
-        for name, tensor in self.state_dict().items():
-            # To gather a tensor takes all ranks; one of them keeps it.
-            whole = full(tensor)
-            if is_main:
-                state[name] = whole.cpu()
-
-        if is_main:
+        state = self.state_dict()
+        path = os.devnull  # the others only help to gather
+        if not dist.is_initialized() or dist.get_rank() == 0:
             os.makedirs(directory, exist_ok=True)
-            dtype = str(whole.dtype).removeprefix("torch.")
+            path = os.path.join(directory, "model.safetensors")
+            dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
             values = dict(architectures=[self.architecture], torch_dtype=dtype, **FIXED, **asdict(self.config))
             write_json(os.path.join(directory, "config.json"), values)
-            save_file(state, os.path.join(directory, "model.safetensors"), {"format": "pt"})
+        write_safetensors(path, state)
 
 
 class GPTNeoX(Pretrained):

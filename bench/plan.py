@@ -3,7 +3,7 @@
     python bench/plan.py ppo config/ppo_6.9b.py --gpus=8                        # the terms, and the peak
     python bench/plan.py ppo config/ppo_6.9b.py --gpus=8 --micro_batch_size=2 --activation_checkpointing
     python bench/plan.py ppo config/ppo_6.9b.py --gpus=8 --fit=80               # the first settings that fit 80 GB
-    python bench/plan.py --table                                                # the table of the README
+    python bench/plan.py --table                                                # the table of distributed/README.md
     python bench/plan.py --check                                                # against measured peaks, on this CPU
 
 What lies there all the time (masters, Adam, frozen models) is counted. What a pass needs on top of it is found by

@@ -1,5 +1,6 @@
 """Weights in the hub's layout: safetensors, of which a process reads only its own rows."""
 
+import json
 import os
 import re
 
@@ -14,7 +15,7 @@ from hub.files import read_json
 
 # Masks and rotary tables that old Pythia files carry along; they hold nothing that was learned.
 BUFFERS = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
-FLOATS = ("F16", "BF16", "F32")
+FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # by their names in safetensors
 
 
 def find_model(source, revision="main", patterns=("*.json", "*.safetensors")):
@@ -71,7 +72,7 @@ def load_weights(model, directory, new_head=False):
             dtype = source.get_dtype()
         found = f"{path}: {name} is {dtype} of shape {shape}"
         asked = f"config.json asks for floats of shape {tuple(tensor.shape)}"
-        require(shape == tensor.shape and dtype in FLOATS, f"{found}, but {asked}")
+        require(shape == tensor.shape and dtype in FLOATS.values(), f"{found}, but {asked}")
         local = copy_rows(tensor, source)
         require(local.isfinite().all(), f"{path}: {name} is not finite everywhere; copy it again")
 
@@ -101,6 +102,29 @@ def copy_rows(tensor, source):
     if n_rows:
         local.copy_(source[start : start + n_rows])
     return local
+
+
+def write_safetensors(path, tensors):
+    """Write float tensors one by one, so that no two sharded ones are ever whole at a time.
+
+    The format: the header's length in 8 bytes; the header, JSON, padded to a multiple of 8; the values.
+    """
+    header = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start = end
+        end += tensor.numel() * tensor.element_size()
+        form = {"dtype": FLOATS[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = {**form, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for tensor in tensors.values():
+            whole = full(tensor).cpu().contiguous()
+            file.write(whole.view(-1).view(torch.uint8).numpy())
 
 
 def full(tensor):

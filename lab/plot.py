@@ -27,16 +27,37 @@ from configurator import explain, require  # noqa: E402
 
 # stage, known by the first of its metrics: its panels, in the order in which one looks at them, and their units
 PANELS = {
-    "ppo": {"objective/scores": "reward", "objective/kl": "nats per response", "val/response_length": "tokens",
-            "val/perplexity": "per token", "val/ref_perplexity": "per token", "val/eos_rate": "share of responses",
-            "policy/entropy_avg": "nats per token", "policy/approxkl_avg": "nats per token",
-            "loss/value_avg": "squared reward"},
-    "sft": {"loss/sft+eval/loss": "nats per token", "lr": "", "grad_norm": ""},
-    "rm": {"loss/rm": "nats per pair", "train/accuracy": "share of pairs", "train/margin": "reward", "grad_norm": ""},
-    "dpo": {"loss/dpo": "nats per pair", "rewards/accuracies": "share of pairs", "rewards/margins": "beta x nats",
-            "rewards/chosen+rewards/rejected": "beta x nats", "logps/chosen+logps/rejected": "nats per response",
-            "grad_norm": ""},
-}  # fmt: skip
+    "ppo": {
+        "objective/scores": "reward",
+        "objective/kl": "nats per response",
+        "val/response_length": "tokens",
+        "val/perplexity": "per token",
+        "val/ref_perplexity": "per token",
+        "val/eos_rate": "share of responses",
+        "policy/entropy_avg": "nats per token",
+        "policy/approxkl_avg": "nats per token",
+        "loss/value_avg": "squared reward",
+    },
+    "sft": {
+        "loss/sft+eval/loss": "nats per token",
+        "lr": "",
+        "grad_norm": "",
+    },
+    "rm": {
+        "loss/rm": "nats per pair",
+        "train/accuracy": "share of pairs",
+        "train/margin": "reward",
+        "grad_norm": "",
+    },
+    "dpo": {
+        "loss/dpo": "nats per pair",
+        "rewards/accuracies": "share of pairs",
+        "rewards/margins": "beta x nats",
+        "rewards/chosen+rewards/rejected": "beta x nats",
+        "logps/chosen+logps/rejected": "nats per response",
+        "grad_norm": "",
+    },
+}
 SIGNS = ("objective/scores", "objective/kl", "val/response_length", "val/perplexity")
 WINDOW = 10  # rows over which `collapse` takes means
 # Okabe and Ito's colours, which the colour-blind tell apart, without their yellow, too pale for a line
@@ -45,28 +66,39 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 
 def read_metrics(directory):
     """The rows of a run's metrics.jsonl, a dict per update; a last line that is not whole yet is left out."""
-    path, rows = Path(directory) / "metrics.jsonl", []
+    path = Path(directory) / "metrics.jsonl"
     with explain(f"{path} cannot be read, give the directory of a training run", OSError):
         lines = path.read_bytes().splitlines()
+    rows = []
     for number, line in enumerate(lines, 1):
+        # The last line may still be being written.
+        is_last = number == len(lines)
         broken = explain(f"{path}: line {number} is damaged, remove it", ValueError)
-        with broken if number < len(lines) else contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-            whole = isinstance(rows[-1], dict) and "step" in rows[-1]
-            require(whole, f"{path}: line {number} is no update's; give the directory of a training run")
+        with contextlib.suppress(ValueError) if is_last else broken:
+            row = json.loads(line)
+            is_update = isinstance(row, dict) and "step" in row
+            require(is_update, f"{path}: line {number} is no update's; give the directory of a training run")
+            rows.append(row)
     require(rows, f"{path}: no rows yet; wait for the first update")
     return rows
 
 
 def values(rows, key):
     """A metric as an array; NaN where it is null (it was not finite) or missing."""
-    return np.array([math.nan if row.get(key) is None else row[key] for row in rows], dtype=float)
+    numbers = []
+    for row in rows:
+        number = row.get(key)
+        numbers.append(math.nan if number is None else number)
+    return np.array(numbers, dtype=float)
 
 
 def running_mean(x, window):
     """The mean of each value and the window - 1 before it, fewer at the beginning, leaving out NaN."""
-    parts = [x[max(0, i + 1 - window) : i + 1] for i in range(len(x))]
-    return np.array([np.nanmean(part) if np.isfinite(part).any() else math.nan for part in parts])
+    means = []
+    for end in range(1, len(x) + 1):
+        part = x[max(0, end - window) : end]
+        means.append(np.nanmean(part) if np.isfinite(part).any() else math.nan)
+    return np.array(means)
 
 
 def collapse(rows, window=WINDOW, kl_per_token=50 / 53, margin=0.1):
@@ -87,10 +119,12 @@ def collapse(rows, window=WINDOW, kl_per_token=50 / 53, margin=0.1):
     score, kl, length, perplexity = (running_mean(values(rows, key), window) for key in SIGNS)
     start = window - 1
     for i in range(2 * window - 1, len(rows)):
-        drifts = kl[i] > kl_per_token * length[i] and kl[i] > kl[i - window]
-        longer = length[i] > (1 + margin) * length[start]
-        varied = perplexity[i] >= (1 - margin) * perplexity[start]  # False where there is no perplexity
-        if score[i] > score[start] and drifts and longer and not varied:
+        is_paid_more = score[i] > score[start]
+        has_drifted = kl[i] > kl_per_token * length[i]
+        drifts_on = kl[i] > kl[i - window]
+        is_longer = length[i] > (1 + margin) * length[start]
+        is_varied = perplexity[i] >= (1 - margin) * perplexity[start]  # False where there is no perplexity
+        if is_paid_more and has_drifted and drifts_on and is_longer and not is_varied:
             return rows[i]["step"]
     return None
 
@@ -99,7 +133,8 @@ def stage_of(runs):
     """The stage of all runs; raises UserError if they are of different ones."""
     stages = {}
     for name, rows in runs.items():
-        found = [stage for stage in PANELS if any(next(iter(PANELS[stage])).split("+")[0] in row for row in rows)]
+        known = {key for row in rows for key in row}
+        found = [stage for stage in PANELS if main_metric(stage) in known]
         require(found, f"{name}: no metrics of {', '.join(PANELS)}; give the directory of a training run")
         stages[name] = found[0]
     apart = ", ".join(f"{name} is {stage}" for name, stage in stages.items())
@@ -107,28 +142,59 @@ def stage_of(runs):
     return found[0]
 
 
+def main_metric(stage):
+    """The metric by which a stage is known."""
+    first_panel = next(iter(PANELS[stage]))
+    return first_panel.split("+")[0]
+
+
 def choose_panels(runs, keys=None):
     """The panels of `draw`: keys, each of which some run must have, or what the runs have of their stage's panels."""
+    stage = stage_of(runs)
     known = {key for rows in runs.values() for row in rows for key in row}
-    for panel in keys or ():
-        require(panel.count("+") < 3, f"{panel}: a panel takes three metrics; leave some out, or to another panel")
-    for key in [key for panel in keys or () for key in panel.split("+")]:
-        near = [name for name in known if key in name] or difflib.get_close_matches(key, known, cutoff=0.4) or known
-        require(key in known, f"no run has '{key}'; did you mean {', '.join(sorted(near))}?")
-    usual = ["+".join(key for key in panel.split("+") if key in known) for panel in PANELS[stage_of(runs)]]
-    return keys or [panel for panel in usual if panel]
+    if keys:
+        for panel in keys:
+            require(panel.count("+") < 3, f"{panel}: a panel takes three metrics; leave some out, or to another panel")
+        for panel in keys:
+            for key in panel.split("+"):
+                require(key in known, f"no run has '{key}'; did you mean {', '.join(sorted(near(key, known)))}?")
+        return keys
+    panels = []
+    for panel in PANELS[stage]:
+        there = [key for key in panel.split("+") if key in known]
+        if there:
+            panels.append("+".join(there))
+    return panels
+
+
+def near(key, known):
+    """The known metrics that may have been meant."""
+    containing = [name for name in known if key in name]
+    return containing or difflib.get_close_matches(key, known, cutoff=0.4) or known
 
 
 def summary(name, rows):
     """One line: where a run is, and whether it shows the signature of over-optimisation."""
-    stage, text = stage_of({name: rows}), f"{name}: update {rows[-1]['step']}"
-    for key in [panel.split("+")[0] for panel in list(PANELS[stage])[:2]]:
-        text += "".join(f", {key} {x:.4g}" for x in values([row for row in rows if key in row][-1:], key))
-    if stage == "ppo":
-        onset, early = collapse(rows), len(rows) < 2 * WINDOW
-        seen = f"from update {onset}" if onset is not None else "too early to say" if early else "none"
-        judged = "" if any(SIGNS[3] in row for row in rows) else f" (judged without {SIGNS[3]})"
-        text += f"; signature of over-optimisation: {seen}{judged}"
+    stage = stage_of({name: rows})
+    text = f"{name}: update {rows[-1]['step']}"
+    for panel in list(PANELS[stage])[:2]:
+        key = panel.split("+")[0]
+        measured = [row for row in rows if key in row]
+        if measured:
+            text += f", {key} {values(measured, key)[-1]:.4g}"
+    if stage != "ppo":
+        return text
+
+    onset = collapse(rows)
+    if onset is not None:
+        seen = f"from update {onset}"
+    elif len(rows) < 2 * WINDOW:
+        seen = "too early to say"
+    else:
+        seen = "none"
+    text += f"; signature of over-optimisation: {seen}"
+    if not any(SIGNS[3] in row for row in rows):
+        text += f" (judged without {SIGNS[3]})"
     return text
 
 
@@ -141,9 +207,11 @@ def new_figure(n_panels):
         from matplotlib.figure import Figure
     n_rows = math.ceil(n_panels / 4)
     n_columns = math.ceil(n_panels / n_rows)
-    figure = Figure(figsize=(min(10, 4 * n_columns + 2), 2.2 * n_rows + 0.9), dpi=120, layout="constrained")
-    for i in range(n_panels):
-        axes = figure.add_subplot(n_rows, n_columns, i + 1, sharex=figure.axes[0] if i else None)
+    width = min(10, 4 * n_columns + 2)
+    figure = Figure(figsize=(width, 2.2 * n_rows + 0.9), dpi=120, layout="constrained")
+    for number in range(n_panels):
+        first = figure.axes[0] if number else None
+        axes = figure.add_subplot(n_rows, n_columns, number + 1, sharex=first)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="0.92")
     return figure
@@ -161,45 +229,72 @@ def draw(runs, keys=None, smooth=1):
     (solid, dashed, dotted); None: the stage's own. smooth: updates in a line's running mean; its raw values stay, pale.
     A null is a gap. From the step that `collapse` finds for a run, marked in its colour, panels are grey.
     """
-    stage, panels, handles = stage_of(runs), choose_panels(runs, keys), []
-    onsets = {name: collapse(rows) if stage == "ppo" else None for name, rows in runs.items()}
+    stage = stage_of(runs)
+    panels = choose_panels(runs, keys)
+    onsets = dict.fromkeys(runs)
+    if stage == "ppo":
+        onsets = {name: collapse(rows) for name, rows in runs.items()}
     figure = new_figure(len(panels))
     for axes, panel in zip(figure.axes, panels):
         draw_panel(axes, runs, panel.split("+"), onsets, smooth)
-    for name, colour in colours_of(runs).items():
-        label = name if onsets[name] is None else f"{name} (from update {onsets[name]})"
-        handles += figure.axes[0].plot([], [], color=colour, label=label)
-    found = any(onset is not None for onset in onsets.values())
-    title = "grey: the signature of over-optimisation in scores, KL, length and perplexity" if found else None
-    n_columns = max(1, 120 // max(len(handle.get_label()) + 8 for handle in handles))
-    place = dict(loc="outside upper left", alignment="left", frameon=False)
-    figure.legend(handles=handles, title=title, ncols=n_columns, **place)
+    draw_legend(figure, runs, onsets)
     figure.supxlabel("update", fontsize=10)
     return figure
 
 
+def draw_legend(figure, runs, onsets):
+    handles = []
+    for name, colour in colours_of(runs).items():
+        label = name if onsets[name] is None else f"{name} (from update {onsets[name]})"
+        handles += figure.axes[0].plot([], [], color=colour, label=label)
+    title = None
+    if any(onset is not None for onset in onsets.values()):
+        title = "grey: the signature of over-optimisation in scores, KL, length and perplexity"
+    widest = max(len(handle.get_label()) for handle in handles)
+    n_columns = max(1, 120 // (widest + 8))
+    place = {"loc": "outside upper left", "alignment": "left", "frameon": False}
+    figure.legend(handles=handles, title=title, ncols=n_columns, **place)
+
+
 def draw_panel(axes, runs, keys, onsets, smooth):
     for name, colour in colours_of(runs).items():
+        rows = runs[name]
         for key, style in zip(keys, ("-", "--", ":")):
-            raw = values(runs[name], key)
+            raw = values(rows, key)
             mean = np.where(np.isnan(raw), math.nan, running_mean(raw, smooth))
-            there = [key in row for row in runs[name]]  # measured now and then: joined up; null: a gap
-            steps = values(runs[name], "step")[there]
-            look = dict(color=colour, linestyle=style, marker="." if len(steps) < 20 else "")
+            there = [key in row for row in rows]  # measured now and then: joined up; null: a gap
+            steps = values(rows, "step")[there]
+            look = {"color": colour, "linestyle": style, "marker": "." if len(steps) < 20 else ""}
             if smooth > 1:
                 axes.plot(steps, raw[there], alpha=0.25, linewidth=1, **look)
             axes.plot(steps, mean[there], label=f"{name} {key}", linewidth=1.5, **look)
         if onsets[name] is not None:
-            axes.axvspan(onsets[name], runs[name][-1]["step"], color="0.5", alpha=0.15, linewidth=0, zorder=0)
+            axes.axvspan(onsets[name], rows[-1]["step"], color="0.5", alpha=0.15, linewidth=0, zorder=0)
             axes.axvline(onsets[name], color=colour, linestyle=":", linewidth=1.2)
-    if keys[0] == "loss/value_avg":  # a new critic's is so far off that nothing else would be seen
+    if keys[0] == "loss/value_avg":
+        # A new critic's loss is so far off that nothing else would be seen.
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter("{x:g}")
-    others = zip((", dashed: ", ", dotted: "), (key.removeprefix(keys[0].split("/")[0] + "/") for key in keys[1:]))
-    axes.set_title(keys[0] + "".join(map("".join, others)), loc="left", fontsize=10)
-    units = {panel.split("+")[0]: unit for panels in PANELS.values() for panel, unit in panels.items()}
-    axes.set_ylabel(units.get(keys[0], ""))
+    axes.set_title(panel_title(keys), loc="left", fontsize=10)
+    axes.set_ylabel(unit_of(keys[0]))
     axes.locator_params(axis="x", integer=True)
+
+
+def panel_title(keys):
+    """For example "rewards/chosen, dashed: rejected": the part that all share is written once."""
+    title = keys[0]
+    shared = keys[0].split("/")[0] + "/"
+    for style, key in zip(("dashed", "dotted"), keys[1:]):
+        title += f", {style}: {key.removeprefix(shared)}"
+    return title
+
+
+def unit_of(key):
+    for panels in PANELS.values():
+        for panel, unit in panels.items():
+            if panel.split("+")[0] == key and unit:
+                return unit
+    return ""
 
 
 def draw_lengths(content):
@@ -208,21 +303,26 @@ def draw_lengths(content):
     A judge that likes length shows as a slope, and a policy that wins by length alone as 0.5 at ratio 1. With few pairs
     the bootstrap's interval is too narrow (with one it has no width), so those points are hollow and without.
     """
-    tables = content.items() if isinstance(content, dict) else ()
-    judges = {judge: table for judge, table in tables if isinstance(table, dict) and "rate" in table.get("all", {})}
+    judges = {}
+    if isinstance(content, dict):
+        for name, table in content.items():
+            if isinstance(table, dict) and "rate" in table.get("all", {}):
+                judges[name] = table
     require(judges, "no judge's verdicts are in it; give the winrate.json of sample.py --judge")
-    figure, pairs = new_figure(1), {}
+    figure = new_figure(1)
     [axes] = figure.axes
-    for i, (judge, colour) in enumerate(colours_of(judges).items()):
-        everything, *groups = [(name, row) for name, row in judges[judge].items() if "rate" in row]
-        label = f"{judge}: {everything[1]['rate']:.2f} overall"
-        for name, row in groups:  # "length x 1.4"
-            ratio, few = float(name.split()[-1]), row["n"] - row["none"] < 10
+    pairs = {}  # ratio of lengths -> how many pairs
+    for number, (judge, colour) in enumerate(colours_of(judges).items()):
+        beside = 2 ** (0.06 * (number - (len(judges) - 1) / 2))  # judges stand side by side
+        label = f"{judge}: {judges[judge]['all']['rate']:.2f} overall"
+        for group, row in judges[judge].items():
+            if group == "all" or "rate" not in row:
+                continue
+            ratio = float(group.split()[-1])  # of "length x 1.4"
             pairs[ratio] = row["n"]
-            label += f", {row['rate']:.2f} at equal length" * (ratio == 1)
-            ends = None if few else [[row["rate"] - row["low"]], [row["high"] - row["rate"]]]
-            x = ratio * 2 ** (0.06 * (i - (len(judges) - 1) / 2))  # judges side by side
-            axes.errorbar(x, row["rate"], ends, fmt="o", color=colour, mfc="white" if few else colour, capsize=2)
+            draw_rate(axes, ratio * beside, row, colour)
+            if ratio == 1:
+                label += f", {row['rate']:.2f} at equal length"
         axes.plot([], [], "o", color=colour, label=label)
     axes.axhline(0.5, color="0.5", linewidth=1, zorder=0)
     axes.set_xscale("log", base=2)
@@ -230,6 +330,37 @@ def draw_lengths(content):
     axes.set_xlabel("words of the response / of the other (pairs; hollow: fewer than 10)")
     axes.set(ylabel="win rate, 95 % interval", ylim=(-0.03, 1.03))
     figure.legend(loc="outside upper left", frameon=False)
+    return figure
+
+
+def draw_rate(axes, x, row, colour):
+    """A win rate and its interval; of few pairs a hollow point without one."""
+    is_few = row["n"] - row["none"] < 10
+    if is_few:
+        axes.errorbar(x, row["rate"], None, fmt="o", color=colour, mfc="white", capsize=2)
+    else:
+        ends = [[row["rate"] - row["low"]], [row["high"] - row["rate"]]]
+        axes.errorbar(x, row["rate"], ends, fmt="o", color=colour, mfc=colour, capsize=2)
+
+
+def lengths_of_file(paths):
+    path = paths[0]
+    require(len(paths) == 1, f"{path} has a figure of its own; give it alone")
+    with explain(f"{path} cannot be read, give the winrate.json of sample.py --judge", OSError, ValueError):
+        content = json.loads(Path(path).read_bytes())
+    return draw_lengths(content)
+
+
+def curves_of_runs(paths, keys, smooth):
+    """A Figure of the runs in these directories, named by what differs in their paths; prints a line for each."""
+    shared = os.path.commonpath([Path(path).resolve().parent for path in paths])
+    runs = {}
+    for path in paths:
+        name = os.path.relpath(Path(path).resolve(), shared)
+        runs[name] = read_metrics(path)
+    figure = draw(runs, keys, smooth)
+    for name, rows in runs.items():
+        print(summary(name, rows))
     return figure
 
 
@@ -241,17 +372,10 @@ def main(argv=None):
     parser.add_argument("--smooth", type=int, default=1, help="updates in the running mean")
     args = parser.parse_args(argv)
     require(args.smooth >= 1, f"--smooth={args.smooth}: give a number of updates, 1 for none")
-    first = args.paths[0]
-    if first.endswith(".json"):
-        require(len(args.paths) == 1, f"{first} has a figure of its own; give it alone")
-        with explain(f"{first} cannot be read, give the winrate.json of sample.py --judge", OSError, ValueError):
-            content = json.loads(Path(first).read_bytes())
-        figure = draw_lengths(content)
+    if args.paths[0].endswith(".json"):
+        figure = lengths_of_file(args.paths)
     else:
-        base = os.path.commonpath([Path(path).resolve().parent for path in args.paths])  # names: what differs
-        runs = {os.path.relpath(Path(path).resolve(), base): read_metrics(path) for path in args.paths}
-        figure = draw(runs, args.keys, args.smooth)
-        print(*(summary(name, rows) for name, rows in runs.items()), sep="\n")
+        figure = curves_of_runs(args.paths, args.keys, args.smooth)
     with explain(f"--out={args.out} cannot be written, give the path of a .png, .pdf or .svg", OSError, ValueError):
         figure.savefig(args.out, format=Path(args.out).suffix[1:])
     print(f"wrote {args.out}")

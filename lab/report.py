@@ -20,8 +20,14 @@ sys.path.insert(0, str(ROOT))
 
 from configurator import explain  # noqa: E402
 
-BETAS = {"0.0": "#d55e00", "0.1": "#0072b2", "0.3": "#009e73"}  # and their colours, which the colour-blind tell apart
-GREY, PROXY, GOLD = "#888888", "#cc79a7", "#e69f00"
+# Colours that the colour-blind tell apart.
+RED = "#d55e00"
+BLUE = "#0072b2"
+GREEN = "#009e73"
+GREY = "#888888"
+PROXY = "#cc79a7"
+GOLD = "#e69f00"
+BETAS = {"0.0": RED, "0.1": BLUE, "0.3": GREEN}
 
 
 def select(rows, experiment, arm=None):
@@ -33,13 +39,22 @@ def select(rows, experiment, arm=None):
 def smooth(curve, width=5):
     """Means of `width` neighbours, fewer at the ends: an array as long as the curve."""
     half = width // 2
-    return np.array([np.mean(curve[max(0, i - half) : i + half + 1]) for i in range(len(curve))])
+    means = []
+    for i in range(len(curve)):
+        first = max(0, i - half)
+        means.append(np.mean(curve[first : i + half + 1]))
+    return np.array(means)
 
 
 def fit(x, y):
     """Least squares y = a + b x: returns a, b and R squared."""
-    b, a = np.polyfit(x, y, 1)
-    return float(a), float(b), float(1 - np.sum((y - a - b * x) ** 2) / np.sum((y - np.mean(y)) ** 2))
+    slope, start = np.polyfit(x, y, 1)
+    return float(start), float(slope), r_squared(y, start + slope * x)
+
+
+def r_squared(y, fitted):
+    """The share of the variance of y that is explained."""
+    return float(1 - np.sum((y - fitted) ** 2) / np.sum((y - np.mean(y)) ** 2))
 
 
 def end(curve):
@@ -52,8 +67,9 @@ def root(row):
 
 
 def mean_and_seeds(values, digits=2):
-    """"1.20 (1.10, 1.20, 1.30)": the mean, and each seed's."""
-    return f"{np.mean(values):.{digits}f} ({', '.join(f'{x:.{digits}f}' for x in values)})"
+    """For example "1.20 (1.10, 1.20, 1.30)": the mean, and each seed's."""
+    seeds = ", ".join(f"{value:.{digits}f}" for value in values)
+    return f"{np.mean(values):.{digits}f} ({seeds})"
 
 
 # ---------------------------------------------------------------------------- tables: a head and rows of cells
@@ -62,61 +78,105 @@ def mean_and_seeds(values, digits=2):
 def overoptimisation_table(rows):
     yield "beta", "seed", "KL, end", "proxy, start", "proxy, end", "gold, start", "gold, best", "KL there", "gold, end"
     for row in select(rows, "overoptimisation"):
-        kl, proxy, gold = (smooth(row[name]) for name in ("kl", "proxy", "gold"))
+        proxy = smooth(row["proxy"])
+        gold = smooth(row["gold"])
         best = gold.argmax()
-        numbers = end(row["kl"]), proxy[0], end(row["proxy"]), gold[0], gold[best], kl[best], end(row["gold"])
-        yield row["arm"].removeprefix("beta "), row["seed"], *numbers
+        yield (
+            beta_of(row),
+            row["seed"],
+            end(row["kl"]),
+            proxy[0],
+            end(row["proxy"]),
+            gold[0],
+            gold[best],
+            smooth(row["kl"])[best],
+            end(row["gold"]),
+        )
+
+
+def beta_of(row):
+    return row["arm"].removeprefix("beta ")
 
 
 def sqrt_kl_table(rows):
     yield "beta", "seed", "proxy: slope", "its R2", "gold: slope", "its R2", "gold up to its best: slope", "its R2"
     for row in select(rows, "overoptimisation"):
-        proxy, gold, x = smooth(row["proxy"]), smooth(row["gold"]), root(row)
+        d = root(row)
+        gold = smooth(row["gold"])
         rise = slice(max(int(gold.argmax()), 2) + 1)
-        fits = fit(x, proxy)[1:] + fit(x, gold)[1:] + fit(x[rise], gold[rise])[1:]
-        yield row["arm"].removeprefix("beta "), row["seed"], *fits
+        cells = [beta_of(row), row["seed"]]
+        for x, y in ((d, smooth(row["proxy"])), (d, gold), (d[rise], gold[rise])):
+            _, slope, r2 = fit(x, y)
+            cells += [slope, r2]
+        yield cells
 
 
 def best_of_n_table(rows):
     found = select(rows, "best_of_n")
     yield "n", "KL at most", "proxy (by seed)", "gold (by seed)"
     for i, n in enumerate(found[0]["n"]):
-        yield n, found[0]["kl"][i], *(mean_and_seeds([row[name][i] for row in found]) for name in ("proxy", "gold"))
+        proxy = mean_and_seeds([row["proxy"][i] for row in found])
+        gold = mean_and_seeds([row["gold"][i] for row in found])
+        yield n, found[0]["kl"][i], proxy, gold
 
 
 def data_table(rows):
     yield "pairs", "reward model (by seed)", "DPO's implicit reward (by seed)"
-    for n in sorted({row["pairs"] for row in select(rows, "data")}):
-        arms = [[row["accuracy"] for row in select(rows, "data", f"{kind} {n}")] for kind in ("rm", "dpo")]
-        yield n, *(mean_and_seeds(values, 3) if values else "" for values in arms)
+    for pairs in sorted({row["pairs"] for row in select(rows, "data")}):
+        cells = [pairs]
+        for kind in ("rm", "dpo"):
+            accuracies = [row["accuracy"] for row in select(rows, "data", f"{kind} {pairs}")]
+            cells.append(mean_and_seeds(accuracies, 3) if accuracies else "")
+        yield cells
 
 
 def whitening_table(rows):
     yield "", "tokens (by seed)", "KL", "proxy", "gold"
     for name, found in (("off", right(rows)), ("on", select(rows, "whitening"))):
-        yield name, *(mean_and_seeds([end(row[key]) for row in found]) for key in ("tokens", "kl", "proxy", "gold"))
+        cells = [name]
+        for key in ("tokens", "kl", "proxy", "gold"):
+            cells.append(mean_and_seeds([end(row[key]) for row in found]))
+        yield cells
 
 
 def mistakes_table(rows):
     """Of KL and ratio the size: the signs of three seeds may cancel. `ratio` is the mean over a first minibatch."""
     yield ("", "abs(KL) at first", "abs(first ratio - 1), mean", "generation gap, largest", "EOS rate at first",
            "gold at first", "gold, updates 15 to 19", "gold, last five")  # fmt: skip
-    arms = dict.fromkeys(row["arm"] for row in rows if row["experiment"] == "mistakes")
-    whole = len(right(rows)[0]["gold"])
-    for name, found in {"none of them": right(rows), **{arm: select(rows, "mistakes", arm) for arm in arms}}.items():
-        off = np.mean([np.abs(np.subtract(row["ratio"], 1)).mean() for row in found])
+    arms = {"none of them": right(rows)}
+    for row in rows:
+        if row["experiment"] == "mistakes":
+            arms[row["arm"]] = select(rows, "mistakes", row["arm"])
+    n_updates = len(right(rows)[0]["gold"])
+    for name, found in arms.items():
         kl = np.mean([abs(row["kl"][0]) for row in found])
         gap = np.max([row["gap"] for row in found])
-        eos, gold = (np.mean([row[key][0] for row in found]) for key in ("eos", "gold"))
-        ends = [[row["gold"][n - 5 : n] for row in found] for n in (20, whole) if len(found[0]["gold"]) >= n]
-        later = [mean_and_seeds(np.mean(curves, axis=1)) for curves in ends] + [""] * (2 - len(ends))
-        yield name, f"{kl:.4f}", f"{off:.1e}", f"{gap:.1e}", f"{eos:.0%}", gold, *later
+        eos = np.mean([row["eos"][0] for row in found])
+        gold = np.mean([row["gold"][0] for row in found])
+        later = [gold_before(found, 20), gold_before(found, n_updates)]
+        yield name, f"{kl:.4f}", f"{np.mean(ratios_off(found)):.1e}", f"{gap:.1e}", f"{eos:.0%}", gold, *later
+
+
+def ratios_off(found):
+    """For each run, how far the ratio of an update's first minibatch is from 1, in the mean over updates."""
+    return [np.abs(np.subtract(row["ratio"], 1)).mean() for row in found]
+
+
+def gold_before(found, update):
+    """Gold in the five updates before this one; "" if the runs are shorter."""
+    if len(found[0]["gold"]) < update:
+        return ""
+    return mean_and_seeds([np.mean(row["gold"][update - 5 : update]) for row in found])
 
 
 def by_beta(rows):
     """Of the runs with various KL penalties {beta: (colour, runs)}, as far as there are any."""
-    found = {beta: (colour, select(rows, "overoptimisation", f"beta {beta}")) for beta, colour in BETAS.items()}
-    return {beta: (colour, runs) for beta, (colour, runs) in found.items() if runs}
+    arms = {}
+    for beta, colour in BETAS.items():
+        found = select(rows, "overoptimisation", f"beta {beta}")
+        if found:
+            arms[beta] = (colour, found)
+    return arms
 
 
 def right(rows):
@@ -125,9 +185,13 @@ def right(rows):
 
 
 def markdown(lines):
-    cells = [[f"{x:.2f}" if isinstance(x, float) else str(x) for x in line] for line in lines]
-    cells.insert(1, ["---"] * len(cells[0]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    head, *rows = [list(map(cell, line)) for line in lines]
+    table = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+
+
+def cell(value):
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 # ---------------------------------------------------------------------------- figures
@@ -165,14 +229,19 @@ def overoptimisation_figure(rows):
 
 def signature_figure(rows):
     """What a practitioner sees, who has no gold: the mean of the seeds and their range, by beta."""
-    names = {"proxy": "proxy", "kl": "KL to SFT, nats", "tokens": "tokens per response",
-             "perplexity": "perplexity of responses"}  # fmt: skip
-    figure, axes = panels(len(names), 2.8)
-    for axis, (name, title) in zip(axes, names.items()):
+    titles = {
+        "proxy": "proxy",
+        "kl": "KL to SFT, nats",
+        "tokens": "tokens per response",
+        "perplexity": "perplexity of responses",
+    }
+    figure, axes = panels(len(titles), 2.8)
+    for axis, (name, title) in zip(axes, titles.items()):
         for beta, (colour, found) in by_beta(rows).items():
             curves = np.array([smooth(row[name]) for row in found])
+            updates = range(curves.shape[1])
             axis.plot(curves.mean(0), color=colour, label=f"beta {beta}")
-            axis.fill_between(range(curves.shape[1]), curves.min(0), curves.max(0), color=colour, alpha=0.15, lw=0)
+            axis.fill_between(updates, curves.min(0), curves.max(0), color=colour, alpha=0.15, lw=0)
         axis.set(title=title, xlabel="update")
     axes[0].legend(fontsize=8, frameon=False)
     return figure
@@ -185,33 +254,44 @@ def scaling(d, gain, bend):
     """
     columns = np.stack([d, -d * bend(d)], axis=1)
     found, *_ = np.linalg.lstsq(columns, gain, rcond=None)
-    return *found.tolist(), float(1 - np.sum((gain - columns @ found) ** 2) / np.sum((gain - gain.mean()) ** 2))
+    a, b = found.tolist()
+    return a, b, r_squared(gain, columns @ found)
 
 
 def sqrt_kl_figure(rows):
     """Proxy and gold against the square root of KL, all runs, with a line for the proxy and `scaling` for gold."""
     figure, axes = panels(2, 3.4, sharex=True, sharey=True)
     runs = select(rows, "overoptimisation")
+    d = np.concatenate([root(row) for row in runs])
+    far = d > 0.1
+    x = np.linspace(0.1, d.max(), 100)
     for axis, name in zip(axes, ("proxy", "gold")):
         for row in runs:
-            colour, label = BETAS[row["arm"].removeprefix("beta ")], row["arm"] if row["seed"] == 1 else None
-            axis.plot(root(row), smooth(row[name]), ".", ms=4, color=colour, label=label)
-        d = np.concatenate([root(row) for row in runs])
-        y = np.concatenate([smooth(row[name]) for row in runs])[d > 0.1]
-        d, x = d[d > 0.1], np.linspace(0.1, d.max(), 100)
+            label = row["arm"] if row["seed"] == 1 else None
+            axis.plot(root(row), smooth(row[name]), ".", ms=4, color=BETAS[beta_of(row)], label=label)
+        score = np.concatenate([smooth(row[name]) for row in runs])
         if name == "proxy":
-            a, b, r2 = fit(d, y)
-            axis.plot(x, a + b * x, color="k", lw=1, label=f"{a:.2f} + {b:.2f} d, R2 = {r2:.2f}")
+            draw_line(axis, x, d[far], score[far])
         else:
-            c = np.mean([row["gold"][0] for row in runs])  # where KL is 0
-            for text, bend, style in (("d", lambda d: d, "-"), ("log d", np.log, ":")):
-                a, b, r2 = scaling(d, y - c, bend)
-                law = f"{c:.2f} + d ({a:.2f} - {b:.2f} {text}), R2 = {r2:.2f}"
-                axis.plot(x, c + x * (a - b * bend(x)), style, color="k", lw=1, label=law)
+            start = np.mean([row["gold"][0] for row in runs])  # where KL is 0
+            draw_laws(axis, x, d[far], score[far], start)
         axis.set(title=name, xlabel="d, the square root of KL")
         axis.legend(fontsize=7, frameon=False)
     axes[0].set_ylabel("score")
     return figure
+
+
+def draw_line(axis, x, d, score):
+    a, b, r2 = fit(d, score)
+    axis.plot(x, a + b * x, color="k", lw=1, label=f"{a:.2f} + {b:.2f} d, R2 = {r2:.2f}")
+
+
+def draw_laws(axis, x, d, score, start):
+    """Both forms of `scaling`: that of best-of-n, and that of RL (dotted)."""
+    for text, bend, style in (("d", lambda d: d, "-"), ("log d", np.log, ":")):
+        a, b, r2 = scaling(d, score - start, bend)
+        law = f"{start:.2f} + d ({a:.2f} - {b:.2f} {text}), R2 = {r2:.2f}"
+        axis.plot(x, start + x * (a - b * bend(x)), style, color="k", lw=1, label=law)
 
 
 def best_of_n_figure(rows):
@@ -224,7 +304,8 @@ def best_of_n_figure(rows):
         for n, x, y in zip(found[0]["n"], found[0]["kl"], best):
             axis.annotate(f"{n}", (x, y), textcoords="offset points", xytext=(0, 5), fontsize=7, color=GREY)
         for beta, (colour, runs) in by_beta(rows).items():
-            kl, score = (np.mean([smooth(row[key]) for row in runs], axis=0) for key in ("kl", name))
+            kl = np.mean([smooth(row["kl"]) for row in runs], axis=0)
+            score = np.mean([smooth(row[name]) for row in runs], axis=0)
             axis.plot(kl, score, color=colour, label=f"PPO, beta {beta}")
         axis.set(title=name, xlabel="KL to SFT, nats, up to 8 (best of n: its bound)", xlim=(0, 8))
     axes[0].legend(fontsize=7, frameon=False)
@@ -234,11 +315,13 @@ def best_of_n_figure(rows):
 def data_figure(rows):
     """Held-out accuracy of reward models, and of DPO's implicit reward, against the number of labels."""
     figure, (axis,) = panels(1, 3.0)
-    for kind, title, colour in (("rm", "reward model", "#0072b2"), ("dpo", "DPO, implicit", "#d55e00")):
+    for kind, title, colour in (("rm", "reward model", BLUE), ("dpo", "DPO, implicit", RED)):
         found = [row for row in select(rows, "data") if row["arm"].startswith(kind)]
         sizes = sorted({row["pairs"] for row in found})
-        means = [np.mean([row["accuracy"] for row in found if row["pairs"] == n]) for n in sizes]
-        axis.plot([row["pairs"] for row in found], [row["accuracy"] for row in found], ".", color=colour, alpha=0.6)
+        means = [np.mean([row["accuracy"] for row in found if row["pairs"] == size]) for size in sizes]
+        pairs = [row["pairs"] for row in found]
+        accuracies = [row["accuracy"] for row in found]
+        axis.plot(pairs, accuracies, ".", color=colour, alpha=0.6)
         axis.plot(sizes, means, color=colour, label=title)
     axis.set(xscale="log", xlabel="labelled pairs", ylabel="held-out accuracy")
     axis.set_xticks(sorted({row["pairs"] for row in select(rows, "data")}), minor=False)
@@ -250,11 +333,11 @@ def data_figure(rows):
 
 def versus(axis, rows, others, name, label, n=None):
     """Curves of `name` with a mistake or an option in colour, and without in grey: a thin line per seed, and means."""
-    for found, colour, text in ((right(rows), GREY, "as it should be"), (others, "#d55e00", label)):
-        curves = [row[name][:n] for row in found]
+    for found, colour, text in ((right(rows), GREY, "as it should be"), (others, RED, label)):
+        curves = [smooth(row[name][:n]) for row in found]
         for curve in curves:
-            axis.plot(smooth(curve), color=colour, alpha=0.3, lw=0.8)
-        axis.plot(np.mean([smooth(curve) for curve in curves], axis=0), color=colour, label=text)
+            axis.plot(curve, color=colour, alpha=0.3, lw=0.8)
+        axis.plot(np.mean(curves, axis=0), color=colour, label=text)
     axis.set(xlabel="update")
     axis.legend(fontsize=7, frameon=False)
 
@@ -268,20 +351,30 @@ def whitening_figure(rows):
 
 
 def mistakes_figure(rows):
+    """Three mistakes by the curve that shows them, and the first ratio of those that change it."""
     figure, axes = panels(4, 2.8)
-    show = [("EOS is padding", "eos", "responses that end", 20), ("dropout", "gold", "gold", None),
-            ("new critic", "value_loss", "value loss", None)]  # fmt: skip
+    show = [
+        ("EOS is padding", "eos", "responses that end", 20),
+        ("dropout", "gold", "gold", None),
+        ("new critic", "value_loss", "value loss", None),
+    ]
     for axis, (arm, name, title, n) in zip(axes, show):
         versus(axis, rows, select(rows, "mistakes", arm), name, arm, n)
         axis.set_title(title)
-    arms = {"as it should be": right(rows)} | {arm: select(rows, "mistakes", arm) for arm in
-                                               ("dropout", "bfloat16", "bfloat16, generation")}  # fmt: skip
-    for (arm, found), colour in zip(arms.items(), (GREY, "#d55e00", "#0072b2", "#009e73")):
-        off = [np.mean(np.abs(np.subtract(row["ratio"], 1))) for row in found]
-        axes[3].plot([arm.replace(", ", ",\n").replace(" it ", " it\n")] * len(off), off, "o", color=colour)
-    axes[3].set(yscale="log", title="abs(first ratio - 1), mean")
-    axes[3].tick_params("x", labelsize=7)
+
+    last = axes[3]
+    draw_ratios(last, "as it\nshould be", right(rows), GREY)
+    draw_ratios(last, "dropout", select(rows, "mistakes", "dropout"), RED)
+    draw_ratios(last, "bfloat16", select(rows, "mistakes", "bfloat16"), BLUE)
+    draw_ratios(last, "bfloat16,\ngeneration", select(rows, "mistakes", "bfloat16, generation"), GREEN)
+    last.set(yscale="log", title="abs(first ratio - 1), mean")
+    last.tick_params("x", labelsize=7)
     return figure
+
+
+def draw_ratios(axis, label, found, colour):
+    off = ratios_off(found)
+    axis.plot([label] * len(off), off, "o", color=colour)
 
 
 # ---------------------------------------------------------------------------- files
@@ -295,8 +388,11 @@ ALL = {
     "best_of_n": (best_of_n_figure, best_of_n_table, ["overoptimisation", "best_of_n"]),
     "data": (data_figure, data_table, ["data"]),
     "whitening": (whitening_figure, whitening_table, ["overoptimisation: beta 0.1", "whitening"]),
-    "mistakes": (mistakes_figure, mistakes_table,
-                 ["overoptimisation: beta 0.1", *(f"mistakes: {arm}" for arm in MISTAKES)]),
+    "mistakes": (
+        mistakes_figure,
+        mistakes_table,
+        ["overoptimisation: beta 0.1", *(f"mistakes: {arm}" for arm in MISTAKES)],
+    ),
 }
 
 
@@ -308,28 +404,44 @@ def read(path=ROOT / "lab" / "results.jsonl"):
 
 def missing(rows, name):
     """What the figure and table of that name need, and the results do not have."""
-    there = {key for row in rows for key in (row["experiment"], f"{row['experiment']}: {row['arm']}")}
-    return [need for need in ALL[name][2] if need not in there]
+    there = set()
+    for row in rows:
+        there.add(row["experiment"])
+        there.add(f"{row['experiment']}: {row['arm']}")
+    _, _, needs = ALL[name]
+    return [need for need in needs if need not in there]
 
 
 def write(results, directory):
     """Write all figures that the results allow to directory/figures, and the tables into directory/README.md."""
-    rows, directory = read(results), Path(directory)
-    path, names = directory / "README.md", [name for name in ALL if not missing(rows, name)]
-    (directory / "figures").mkdir(parents=True, exist_ok=True)
+    rows = read(results)
+    directory = Path(directory)
+    figures = directory / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    path = directory / "README.md"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
+    names = [name for name in ALL if not missing(rows, name)]
     for name in names:
         figure, table, _ = ALL[name]
-        figure(rows).savefig(directory / "figures" / f"{name}.png")
-        parts = [f"<!-- {name} -->", f"![{name}](figures/{name}.png)", *([markdown(table(rows))] if table else [])]
-        block = "\n\n".join(parts) + "\n<!-- end -->"
-        old = re.compile(f"<!-- {name} -->.*?<!-- end -->", re.DOTALL)
-        text = old.sub(lambda match, block=block: block, text) if old.search(text) else f"{text}\n{block}\n"
+        figure(rows).savefig(figures / f"{name}.png")
+        parts = [f"<!-- {name} -->", f"![{name}](figures/{name}.png)"]
+        if table:
+            parts.append(markdown(table(rows)))
+        text = put(text, name, "\n\n".join(parts) + "\n<!-- end -->")
     path.write_text(text, encoding="utf-8")
-    print(f"wrote {path} and {directory}/figures: {', '.join(names) or 'none'}")
+    print(f"wrote {path} and {figures}: {', '.join(names) or 'none'}")
     for name in ALL:
-        if name not in names and any(row["experiment"] == name for row in rows):
+        is_begun = any(row["experiment"] == name for row in rows)
+        if is_begun and name not in names:
             print(f"{name} also needs {', '.join(missing(rows, name))}")
+
+
+def put(text, name, block):
+    """The text with this block in the place of the one of that name, or at its end."""
+    old = re.compile(f"<!-- {name} -->.*?<!-- end -->", re.DOTALL)
+    if old.search(text):
+        return old.sub(lambda match: block, text)
+    return f"{text}\n{block}\n"
 
 
 if __name__ == "__main__":

@@ -229,6 +229,29 @@ def test_nothing_replaces_a_function_of_the_core():
             assert not is_patch, f"{relative(path)}: {line.strip()}"
 
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_readme_is_short():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 200 and len(text.split()) <= 2200
+    assert len(README.splitlines()) <= 200 and len(README.split()) <= 2200
+
+
+def test_the_readme_counts_the_lines_that_are_there():
+    """Its table of what to read; a row may name several files or folders."""
+    rows = re.findall(r"^\| (`.*`) \| (\d+) \| \d+ \|", README, re.MULTILINE)
+    assert len(rows) > 10
+    for names, count in rows:
+        paths = []
+        for name in re.findall(r"`(.*?)`", names):
+            paths += [path for path in CORE if relative(path).startswith(name)]
+        assert sum(read_page(path).lines for path in paths) == int(count), names
+    top, all_of_it = re.search(r"the top level has ([\d,]+), with all that it imports ([\d,]+)", README).groups()
+    assert sum(read_page(path).lines for path in TOP_LEVEL) == int(top.replace(",", ""))
+    assert sum(read_page(path).lines for path in CORE) == int(all_of_it.replace(",", ""))
+
+
+def test_the_readme_shows_the_variant_that_is_there():
+    shown = re.search(r"docstring and imports:\n\n```python\n(.*?)```", README, re.DOTALL)[1]
+    source = (ROOT / "variants" / "rloo.py").read_text(encoding="utf-8")
+    body = source[source.index("@dataclass") : source.index('if __name__ == "__main__"')]
+    assert shown.split("\n") == re.sub("\n\n+", "\n\n", body.strip() + "\n").split("\n")

@@ -15,6 +15,7 @@ if __package__:
 else:  # run as a script: Python then looks for modules in toy/ itself
     import gold
 
+STAGES = ("sft", "ppo", "dpo")
 COLUMNS = f"{'':10} {'gold':>14} {'wins':>6} {'reward':>7} {'KL':>6} {'tokens':>7} {'EOS':>6}"
 
 
@@ -26,33 +27,45 @@ def read(path):
         sys.exit(f"{path}: cannot be read ({error}); run sample.py with --out_dir={path.parent} first")
 
 
+def as_written(row):
+    """A row of samples, its reference in the place of the response, as if a policy had written it."""
+    return {
+        "query": row["query"],
+        "response": row["reference"],
+        "reference": row["reference"],
+        "score": row["reference_score"],
+        "tokens": row["reference_tokens"],
+        "eos": True,
+    }
+
+
 def mean(rows, key):
     return sum(row[key] for row in rows) / len(rows)
 
 
 def line(name, rows, kl):
     stats = gold.evaluate(rows)
-    wins = f"{stats['win_rate']:6.1%}"
     score = f"{stats['gold_mean']:6.2f} ± {stats['gold_ci95']:4.2f}"
+    wins = f"{stats['win_rate']:6.1%}"
     numbers = f"{mean(rows, 'score'):7.2f} {kl:>6} {mean(rows, 'tokens'):7.1f} {mean(rows, 'eos'):6.1%}"
     return f"{name:10} {score:>14} {wins} {numbers}"
 
 
 def main(directory):
-    samples = {name: Path(directory) / name / "samples" / "samples.jsonl" for name in ("sft", "ppo", "dpo")}
-    rows = {name: read(path) for name, path in samples.items()}
-    # the references, as if a policy had written them
-    copied = {"response": "reference", "score": "reference_score", "tokens": "reference_tokens"}
-    references = [{**row, **{key: row[of] for key, of in copied.items()}, "eos": True} for row in rows["sft"]]
+    paths = {stage: Path(directory) / stage / "samples" / "samples.jsonl" for stage in STAGES}
+    rows = {stage: read(path) for stage, path in paths.items()}
+    references = [as_written(row) for row in rows["sft"]]
+
     print(f"{len(references)} held-out posts\n{COLUMNS}")
     print(line("reference", references, "-"))
-    for name in rows:
-        print(line(name.upper(), rows[name], f"{mean(rows[name], 'kl'):.2f}"))
+    for stage in STAGES:
+        print(line(stage.upper(), rows[stage], f"{mean(rows[stage], 'kl'):.2f}"))
     print("gold: the score behind the labels, at most 4; wins: by gold, against the reference; reward: the model's;")
     print("KL: to the SFT model, in nats per response; tokens: the mean length; EOS: the share of responses that end")
-    print("\nsamples:", *samples.values(), sep="\n  ")
-    for name in rows:
-        print(f"\n{name.upper()}: {rows[name][0]['response']}", end="")
+
+    print("\nsamples:", *paths.values(), sep="\n  ")
+    for stage in STAGES:
+        print(f"\n{stage.upper()}: {rows[stage][0]['response']}", end="")
     print(f"\nreference: {references[0]['response']}\npost: {references[0]['query']}")
 
 
