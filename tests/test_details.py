@@ -1450,8 +1450,8 @@ def test_detail_23_1_fixed_number_of_tokens_with_eos_among_them(many, policy, to
 def test_detail_23_2_nothing_counts_behind_eos(run_ppo):
     """Detail 23.2: a response is cut behind its first EOS: what stands there changes no reward and no advantage.
 
-    fails if: ppo.py:advantages uses values or whitens advantages without their mask, or ppo.py:rollout a KL without it;
-    ppo.py:find_eos takes the last EOS.
+    fails if: ppo.py:advantages uses values, or ppo.py:rollout a KL, without the mask; ppo.py:advantages and
+    ppo.py:whiten both leave it out of what they return; ppo.py:find_eos takes the last EOS.
     """
     has_eos, last = ppo.find_eos(torch.tensor([[5, EOS, 7, EOS], [5, 6, 7, 8], [EOS] * 4, [5, 6, 7, EOS]]), EOS)
     assert has_eos.tolist() == [True, False, True, True]

@@ -36,7 +36,7 @@ from evals import winrate
 from hub.tokenizer import Tokenizer
 from model import GPTNeoX, GPTNeoXConfig, ScalarModel
 from toy.make_data import make_tokenizer
-from variants import grpo, kl_penalty, ppo_max, rloo, truly_ppo
+from variants import dpo_losses, grpo, kl_penalty, ppo_max, rloo, truly_ppo
 
 # What no load of the tiny inputs here may take; a normal one takes 10 ms and 1 MB.
 SECONDS = 30
@@ -67,14 +67,17 @@ def rarely(draw, times):
 
 def walk(draw, document, starts):
     """The parent and key of a part of `document`, found from one of the paths `starts` by going down at random."""
-    parent, key = None, None
+    parent = None
+    key = None
     start = iter(draw(st.sampled_from(starts)))
     node = document
     while isinstance(node, (dict, list)) and node:
         keys = list(node) if isinstance(node, dict) else range(len(node))
-        wanted = next(start, None)
-        wanted = wanted if wanted in keys else draw(st.sampled_from(keys))
-        parent, key, node = node, wanted, node[wanted]
+        parent = node
+        key = next(start, None)
+        if key not in keys:
+            key = draw(st.sampled_from(keys))
+        node = parent[key]
         if parent is not document and rarely(draw, 4):
             break
     return parent, key
@@ -125,9 +128,14 @@ def nudge(draw, value):
 
 def leaves(value, path=()):
     """The paths of all values in a JSON document that hold no other."""
-    if not isinstance(value, (dict, list)):
+    if isinstance(value, dict):
+        keys = list(value)
+    elif isinstance(value, list):
+        keys = range(len(value))
+    else:
         yield path
-    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        return
+    for key in keys:
         yield from leaves(value[key], (*path, key))
 
 
@@ -192,7 +200,8 @@ def limits(memory):
     def stop(*_):
         raise Hang
 
-    before, used = resource.getrlimit(resource.RLIMIT_AS), None
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = None
     with contextlib.suppress(OSError):  # only Linux says what is used
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     handler = signal.signal(signal.SIGALRM, stop)
@@ -386,17 +395,25 @@ def test_a_huge_model_is_refused_before_it_is_built(copies, name, size):
 def parse_safetensors(content):
     """The tensors of a valid file: a list of [name, dtype, shape, bytes]."""
     length = int.from_bytes(content[:8], "little")
-    header, body = json.loads(content[8 : 8 + length]), content[8 + length :]
+    header = json.loads(content[8 : 8 + length])
+    body = content[8 + length :]
     header.pop("__metadata__")
-    return [[name, x["dtype"], x["shape"], body[slice(*x["data_offsets"])]] for name, x in header.items()]
+    tensors = []
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        tensors.append([name, entry["dtype"], entry["shape"], body[start:end]])
+    return tensors
 
 
 def build(tensors):
     """A header and values in which each tensor's bytes follow those of the one before."""
-    ends = list(itertools.accumulate(len(values) for *_, values in tensors))
-    header = {name: {"dtype": dtype, "shape": shape, "data_offsets": [end - len(values), end]}
-              for (name, dtype, shape, values), end in zip(tensors, ends)}  # fmt: skip
-    return header, b"".join(values for *_, values in tensors)
+    header = {}
+    body = b""
+    for name, dtype, shape, values in tensors:
+        start = len(body)
+        body += values
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, len(body)]}
+    return header, body
 
 
 def join(header, body, length=None):
@@ -441,7 +458,8 @@ def edited_tensors(draw, base):
 def safetensors(draw, base):
     """A damaged file: tensors changed as a whole, or header, header's length or bytes changed."""
     how = draw(st.sampled_from(["tensors"] * 5 + ["header"] * 2 + ["length", "bytes", "twice"]))
-    header, body = build(draw(edited_tensors(base)) if how == "tensors" else base)
+    tensors = draw(edited_tensors(base)) if how == "tensors" else base
+    header, body = build(tensors)
     if how == "header":
         metadata = draw(st.sampled_from([{}, {"__metadata__": {"format": "pt"}}]))
         names = [(name, key) for name in header for key in header[name]]
@@ -479,13 +497,14 @@ def test_safetensors_index(copies):
     """File names and tensor names of a model in two files."""
     directory = copies[GPTNeoX]
     path = directory / "model.safetensors"
-    tensors, parts = parse_safetensors(path.read_bytes()), {}
+    tensors = parse_safetensors(path.read_bytes())
     path.unlink()
-    for number, part in enumerate((tensors[::2], tensors[1::2])):
-        name = f"model-{number + 1}-of-2.safetensors"
+    parts = {}
+    for number, part in enumerate((tensors[::2], tensors[1::2]), 1):
+        name = f"model-{number}-of-2.safetensors"
         header, body = build(part)
         (directory / name).write_bytes(join(render(header), body))
-        parts |= {tensor: name for tensor, *_ in part}
+        parts.update((tensor[0], name) for tensor in part)
     index = {"metadata": {"total_size": len(body)}, "weight_map": parts}
 
     def load(content):
@@ -591,7 +610,7 @@ def test_columns_of_mixed_types(read_rows, path):
 # ---------------------------------------------------------------------------- configuration
 
 
-STAGES = (sft, rm, ppo, dpo, sample, winrate, grpo, kl_penalty, ppo_max, rloo, truly_ppo)
+STAGES = (sft, rm, ppo, dpo, sample, winrate, dpo_losses, grpo, kl_penalty, ppo_max, rloo, truly_ppo)
 KEYS = sorted({key for stage in STAGES for key in stage.Config.__dataclass_fields__})
 # values as they may stand behind `key =` in a file; none of them costs time to compute
 LITERALS = ["1", "0", "-1", "1e-5", "1_000", "0x10", "1e999", "-1e999", "1e999 - 1e999", "10**400", "10**5000",

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from pipeline import metrics
 from torch._dynamo.testing import CompileCounter
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.weak import TensorWeakRef
 
 import fast
@@ -285,8 +286,17 @@ def test_attention_in_bfloat16_on_a_cpu(causal):
 def test_chunks_round_alike_in_all_models(pipeline):
     """Undone: the reference's logits in one piece. At the first update both models are the same."""
     cfg = pipeline.config(ppo, "chunks", logits_chunk=2, episodes=8)
-    ppo.main(cfg)
+    widths = set()
+
+    def note_width(module, inputs, logits):
+        is_head = isinstance(module, fast.Linear) and module.bias is None
+        if is_head:
+            widths.add(logits.shape[1])
+
+    with register_module_forward_hook(note_width):
+        ppo.main(cfg)
     assert metrics(cfg)[0]["objective/kl"] == 0.0
+    assert widths == {1, 2}  # one in generation, two in all other passes
 
 
 def test_compiled_blocks_serve_all_lengths(pipeline):
