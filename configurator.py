@@ -176,6 +176,7 @@ def check(field, value, where="command line"):
     wrong = f"takes {words}, got {type(value).__name__} ({value!r}); write for example {field.default!r}"
     require(fits, f"{where}: '{field.name}' {wrong}")
 
+
     choices = get_args(field.type)
     if choices and value not in choices:
         raise UserError(f"{where}: '{field.name}' is {value!r}; use one of {', '.join(choices)}")

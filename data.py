@@ -51,32 +51,34 @@ def format_query(row, tokenizer, max_tokens=512):
     if len(ids) <= max_tokens:
         return ids
 
-    # The reference tokenises after each cut; here only where the result can fit.
     too_long = first_length_too_long(head, text, tokenizer, max_tokens)
     end = len(text)
     while len(ids) > max_tokens:
-        n_tokens = len(ids)
-        require(end, f"the query has {n_tokens} tokens without its text, more than {max_tokens}; drop the row")
+        rest = len(ids)
+        require(end > 0, f"the query has {rest} tokens without its text, more than {max_tokens}; drop the row")
         newline = text.rfind("\n", 0, end)
         end = newline if newline >= 0 else end - 1
+        # A cut that cannot fit need not be tokenised: until one can, `ids` stay those of a longer one.
         if end < too_long:
             ids = tokenizer.encode(head + text[:end] + tail)
     return ids
 
 
 def first_length_too_long(head, text, tokenizer, max_tokens):
-    """A number of characters of `text` from which on every cut leaves too many tokens, so none need be tokenised.
+    """A length such that `text` cut there, or after it, has too many tokens.
 
-    Where whitespace follows a word, the tokens before it do not depend on what comes after: the first such place
-    with too many tokens before it rules out all cuts behind it.
+    Where whitespace follows a word, the tokens before it do not depend on what comes after. So the first end of a word
+    with too many tokens before it rules out all longer cuts. Their numbers rise from word to word: bisection finds it.
     """
 
     def n_tokens(end):
         return len(tokenizer.encode(head + text[:end]))
 
-    places = [match.end() for match in re.finditer(r"\S(?=\s)", text)]
-    places.append(len(text))
-    return places[bisect.bisect_right(places[:-1], max_tokens, key=n_tokens)]
+    ends_of_words = [match.end() for match in re.finditer(r"\S(?=\s)", text)]
+    first = bisect.bisect_right(ends_of_words, max_tokens, key=n_tokens)
+    if first == len(ends_of_words):
+        return len(text)
+    return ends_of_words[first]
 
 
 # ---------------------------------------------------------------------------- rows
@@ -97,6 +99,7 @@ def parse_row(row, tokenizer, max_query_tokens):
     if isinstance(prompt, str):
         query = tokenizer.encode(prompt)
     else:
+        # An article may be as long as the reference lets it.
         if prompt.get("post") is None:
             max_query_tokens = max(max_query_tokens, MAX_ARTICLE_TOKENS)
         query = format_query(prompt, tokenizer, max_query_tokens)
@@ -129,6 +132,7 @@ def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_t
     require(len(raw), f"{name}: no rows; give a split that has some")
 
     def tokenise(row, index):
+        # Where responses are not needed, a summary that is no text is no error.
         if not n_responses:
             row = {key: value for key, value in row.items() if key != "summary"}
         # A row may hold anything: whatever goes wrong with it is told by its number.
@@ -196,7 +200,7 @@ def uniforms(shape, *key):
 
 
 def pad_right(id_lists):
-    """Lists of ids -> ids (B, T) of the longest one's length, 0 behind the others; lengths (B,)."""
+    """Lists of ids -> ids (B, T) of the longest one's length; lengths (B,). After the others stands 0: nobody looks."""
     rows = [torch.tensor(ids) for ids in id_lists]
     lengths = torch.tensor([len(ids) for ids in id_lists])
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths
@@ -216,7 +220,8 @@ def collate(queries, responses, device="cpu"):
     columns = torch.arange(targets.shape[1])  # (R,)
     # The last token of the query predicts the first of the response.
     last_of_query = lengths - response_lens - 1
-    select = (last_of_query[:, None] + columns).clamp(max=ids.shape[1] - 1)
+    select = last_of_query[:, None] + columns
+    select = select.clamp(max=ids.shape[1] - 1)  # a short response's pad columns may point past the end
     mask = columns < response_lens[:, None]
     return ids.to(device), select.to(device), targets.to(device), mask.to(device)
 

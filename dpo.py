@@ -41,7 +41,8 @@ class Config(TrainConfig):
 def main(cfg, loss=None):
     """loss: a function like `pair_loss`, in its place."""
     loss = loss or pair_loss
-    loss(cfg, torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2))  # refuses settings that do not fit
+    # Called for its errors alone: settings that do not fit are refused before anything is loaded.
+    loss(cfg, torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2))
     world, data = start(cfg, n_responses=2)
     n_vocab = data.tokenizer.n_vocab
     soft = f"{cfg.data}: DPO does not use soft labels (target); use label_smoothing"
@@ -56,7 +57,7 @@ def main(cfg, loss=None):
 
     model = load_model(cfg, world, n_vocab, GPTNeoX, cfg.model, trainable=True)
     run = Run(cfg, world, data, {"model": model})
-    for _ in run.train():
+    for _ in run.updates():
         metrics = update(run, cfg, model, ref_logprobs, loss)
         metrics.update(optimizer_step(run))
         run.log(metrics, watch=("loss/dpo", "rewards/accuracies"))
@@ -73,14 +74,14 @@ def main(cfg, loss=None):
 
 def update(run, cfg, model, ref_logprobs, loss):
     """Accumulate the gradient of this step's batch; ref_logprobs (n, 2) are of all rows. Returns its metrics."""
-    batch_indices = run.batch_indices()
-    batch = run.rows.select(batch_indices)
+    row_indices = run.row_indices()
+    batch = run.rows.select(row_indices)
     n_tokens = sum(len(chosen) for chosen, _ in batch["responses"])
     parts = []
     for indices in run.micro_batches(batch["length"]):
         micro = batch[indices]
         logprobs, lengths = pair_logprobs(model, micro, run.world.device, run.tokenizer.n_vocab)  # (B, 2)
-        losses, rewards = loss(cfg, logprobs, ref_logprobs[batch_indices[indices]], lengths)
+        losses, rewards = loss(cfg, logprobs, ref_logprobs[row_indices[indices]], lengths)
         chosen, rejected = logprobs.unbind(1)
         # Each micro-batch adds its share of the whole batch's mean.
         sft_loss = -chosen.sum() / n_tokens
@@ -112,7 +113,7 @@ def pair_logprobs(model, rows, device, n_vocab):
         queries += [query, query]
         responses += pair
     ids, select, targets, mask = collate(queries, responses, device)
-    logprobs = model.logprobs(ids, select, targets, 1.0, n_vocab)  # (2 B, R)
+    logprobs = model.logprobs(ids, select, targets, n_vocab=n_vocab)  # (2 B, R)
     sums = (logprobs * mask).sum(1)
     return sums.view(-1, 2), mask.sum(1).view(-1, 2)
 
@@ -121,8 +122,9 @@ def pair_loss(cfg, logprobs, ref_logprobs, lengths):
     """Losses (B,) and implicit rewards (B, 2) from logprobs, ref_logprobs and lengths (B, 2), chosen and rejected."""
     chosen, rejected = logprobs.unbind(1)
     ref_chosen, ref_rejected = ref_logprobs.unbind(1)
-    options = (cfg.beta, cfg.loss_type, cfg.label_smoothing)
-    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, *options)
+    losses, chosen_rewards, rejected_rewards = dpo_loss(
+        chosen, rejected, ref_chosen, ref_rejected, cfg.beta, cfg.loss_type, cfg.label_smoothing
+    )
     return losses, torch.stack((chosen_rewards, rejected_rewards), dim=1)
 
 
@@ -132,6 +134,9 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, los
 
     label_smoothing: the probability that a label is wrong. Raises UserError where loss_type has no use for it.
     """
+    if label_smoothing and (loss_type != "sigmoid" or label_smoothing >= 0.5):
+        message = f"label_smoothing {label_smoothing} does not fit loss_type {loss_type!r}"
+        raise UserError(f"{message}; sigmoid takes one below 0.5")
     chosen_ratio = policy_chosen - ref_chosen
     rejected_ratio = policy_rejected - ref_rejected
     margin = chosen_ratio - rejected_ratio
@@ -149,10 +154,6 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, los
         losses = (margin - 1 / (2 * beta)) ** 2
     else:
         raise UserError(f"loss_type {loss_type!r} is not known; use one of sigmoid, hinge, ipo")
-
-    takes_smoothing = loss_type == "sigmoid" and label_smoothing < 0.5
-    wrong = f"label_smoothing {label_smoothing} does not fit loss_type {loss_type!r}"
-    require(label_smoothing == 0 or takes_smoothing, f"{wrong}; sigmoid takes one below 0.5")
     return losses, beta * chosen_ratio, beta * rejected_ratio
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 ONEDNN = torch.backends.mkldnn.is_available()
-AT_A_TIME = {"cpu": 2**20}  # logits looked at at a time: on a CPU what fits its cache; elsewhere 2**24
+CHUNK = {"cpu": 2**20, "cuda": 2**24}  # logits that are looked at together: on a CPU what fits its cache
 
 
 class Linear(nn.Linear):
@@ -20,6 +20,7 @@ class Linear(nn.Linear):
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(x)
         if ONEDNN and x.is_cpu and x.dtype == torch.float32:
+            # The product, with no function after it.
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return super().forward(x)
 
@@ -36,8 +37,8 @@ def attend(q, k, v, mask):
         everywhere = torch.ones(R, T, dtype=torch.bool)
         mask = everywhere.tril()
     scores = (q * E**-0.5) @ k.transpose(2, 3)
-    scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1) @ v
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return weights @ v
 
 
 def token_logprobs(logits, tokens, temperature=1.0, n_vocab=None, with_entropy=False, at_a_time=None):
@@ -47,17 +48,18 @@ def token_logprobs(logits, tokens, temperature=1.0, n_vocab=None, with_entropy=F
     them raises an error.
     """
     V = logits.shape[-1]
+    # A tensor that no operation has made is the caller's own and must survive; of a view it is the base that counts.
     owner = logits
     if logits._base is not None:
         owner = logits._base
     if logits.requires_grad and owner.is_leaf:
-        logits = logits.clone()  # what no model has made is not ours to use up
+        logits = logits.clone()
 
     if at_a_time is None:
-        at_a_time = AT_A_TIME.get(logits.device.type, 2**24)
+        at_a_time = CHUNK.get(logits.device.type, CHUNK["cuda"])
     n_rows = 1 + at_a_time // V
-    options = (temperature, n_vocab or V, n_rows, with_entropy)
-    both = TokenLogprobs.apply(logits.flatten(0, -2), tokens.flatten(), *options)
+    flat = logits.flatten(0, -2)
+    both = TokenLogprobs.apply(flat, tokens.flatten(), temperature, n_vocab or V, n_rows, with_entropy)
     both = both.view(2, *tokens.shape)
     # FSDP's hooks warn of outputs that are views.
     if with_entropy:

@@ -12,13 +12,14 @@ PREFILL_ROWS = {"cpu": 4, "cuda": 64}  # queries that are read at a time
 
 
 class KVCache:
-    """Keys and values of a batch of right-padded queries (B, Q) and of the response tokens behind them.
+    """Keys and values of a batch of right-padded queries (B, Q) and of the response tokens after them.
 
     Column c < Q holds query token c, column Q + t response token t, in every row. A short row's pad columns
     are never attended to: `mask` (B, columns) is True where a column counts. A response token's *position*
     is its row's own (query length + t), so the gap in the columns leaves no gap in RoPE.
 
-    No shape changes from token to token, and what does change are tensors: a decoding step can be captured.
+    No shape changes from token to token, and what does change are tensors, so that a decoding step could become a CUDA
+    graph. (None is made here.)
     """
 
     def __init__(self, query_lens, width, n_columns):
@@ -27,8 +28,8 @@ class KVCache:
         self.mask = self.columns < query_lens[:, None]
         self.query_lens = query_lens
         self.width = width
-        self.last = self.columns[:1] + width - 1  # (1,): the last column that is written
-        self.rows = None  # of a prefill: the rows that the next pass reads
+        self.last = torch.tensor([width - 1], device=query_lens.device)  # the last column that is written
+        self.rows = None  # the rows that the next pass reads, if it is a prefill; None: it decodes
         self.positions = None  # of the tokens that are fed next
 
     def begin_prefill(self, rows, length):
@@ -41,7 +42,7 @@ class KVCache:
         self.last += 1
         self.mask.index_fill_(1, self.last, True)
         self.rows = None
-        self.positions = (self.query_lens + self.last - self.width)[:, None, None]  # (B, 1, T = 1)
+        self.positions = (self.query_lens + self.last - self.width)[:, None, None]  # (B, 1, 1): row, head, token
 
     def update(self, layer, k, v):
         """Store k, v (B, H, T, E) of the tokens now fed; return the keys, values and mask to attend to."""
@@ -53,7 +54,7 @@ class KVCache:
         keys, values = self.layers[layer]
 
         if self.rows is None:
-            # Written in place, by an index that is a tensor.
+            # A decoding step: one column of every row.
             keys.index_copy_(2, self.last, k)
             values.index_copy_(2, self.last, v)
             return keys, values, self.mask[:, None, None]
@@ -75,6 +76,7 @@ def prefill(model, queries, query_lens, n_columns, n_rows):
         last = query_lens[rows, None] - 1
         cache.begin_prefill(rows, length)
         logits.append(model(queries[rows, :length], last, cache))
+
     logits = torch.cat(logits)  # in the order of the lengths
     return cache, logits[order.argsort()]
 
@@ -90,12 +92,12 @@ def sample_token(logits, temperature, uniforms, n_vocab=None):
 
     Returns tokens (B,) and their log-probabilities (B,) at that temperature (at 1 if it is 0).
     """
-    logits = logits[:, :n_vocab].float()
+    logits = logits[:, :n_vocab]
     if temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)  # (B, 1)
-        probs = F.softmax(logits, dim=-1)  # (B, V)
+        probs = F.softmax(logits.float(), dim=-1)  # (B, V)
     else:
-        probs = F.softmax(logits / temperature, dim=-1)
+        probs = F.softmax(logits.float() / temperature, dim=-1)
         cdf = probs.cumsum(-1)
         # Up to rounding the CDF ends at 1: scaling by its end keeps every draw inside it.
         end = cdf[:, -1:]
@@ -107,7 +109,7 @@ def sample_token(logits, temperature, uniforms, n_vocab=None):
     return tokens[:, 0], logprobs[:, 0]
 
 
-@torch.compiler.set_stance("force_eager")
+@torch.compiler.set_stance("force_eager")  # a compiled block would be compiled anew for the cache's shapes
 @torch.no_grad()
 def generate(
     model, queries, query_lens, max_new_tokens, temperature, uniforms=None,
@@ -129,14 +131,15 @@ def generate(
     device = queries.device
     B = len(queries)
     Q = int(query_lens.max())
-    is_query = torch.arange(Q, device=device) < query_lens[:, None]
+    columns = torch.arange(Q, device=device)
+    is_query = columns < query_lens[:, None]
     queries = queries[:, :Q].where(is_query, 0)  # a pad id need not be an id of the model
     if uniforms is None:
         uniforms = torch.zeros(B, max_new_tokens, device=device)  # greedy: nothing looks at them
     responses = torch.full((B, max_new_tokens), eos_id or 0, device=device)
     logprobs = torch.zeros(B, max_new_tokens, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
-    ask_every = 16 if queries.is_cuda else 1  # to ask a GPU whether all are done stops it
+    ask_every = 16 if queries.is_cuda else 1  # asking whether all are done waits for the GPU
     n_rows = prefill_rows or PREFILL_ROWS.get(device.type, 64)
     cache, logits = prefill(model, queries, query_lens, Q + max_new_tokens, n_rows)
 

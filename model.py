@@ -5,7 +5,8 @@
 
 The modules carry the hub's names, so `state_dict()` *is* the content of model.safetensors.
 
-Shapes: B batch, T sequence, Q query, R response, V vocabulary, D width, H heads, E = D / H head width.
+Shapes: B batch, T sequence, Q query, R response, V vocabulary, D width, H heads, E = D / H head width. `select` (B, R)
+are the positions in a row whose outputs are wanted; without it all are.
 
 Every batch is padded on the right. A causal row never looks to its right, so a full pass needs no mask,
 and what stands in a pad column cannot reach a real one. RoPE makes attention depend on distances only,
@@ -55,7 +56,7 @@ class Attention(nn.Module):
             # It keeps these, and gives back those of the tokens before, too.
             k, v, mask = cache.update(self.layer, k, v)
         if select is not None:
-            # Causal, as seen from these positions.
+            # Causal, as seen from these positions. (With a cache this is a prefill, which has no mask of its own.)
             q = take(q, select[:, None])
             columns = torch.arange(T, device=x.device)
             mask = columns <= select[:, None, :, None]  # (B, 1, R, T)
@@ -64,9 +65,9 @@ class Attention(nn.Module):
         return self.dense(attended.transpose(1, 2).flatten(2))
 
 
-def take(x, index):
-    """The vectors of x (.., T, E) at `index` (.., R): (.., R, E)."""
-    return x.gather(-2, index[..., None].expand(*x.shape[:-2], -1, x.shape[-1]))
+def take(x, positions):
+    """The vectors of x (.., T, E) at `positions` (.., R): (.., R, E)."""
+    return x.take_along_dim(positions[..., None], dim=-2)
 
 
 def rotate(x, cos, sin):
@@ -125,13 +126,13 @@ class Body(nn.Module):
             positions = torch.arange(T, device=ids.device)
         else:
             length = len(cache.columns)
-            positions = cache.positions  # (.., T)
+            positions = cache.positions  # (T,); decoding: (B, 1, 1), for row, head, token
         limit = self.config.max_position_embeddings
         require(length <= limit, f"a sequence of {length} tokens is longer than the model's {limit}; shorten the rows")
 
         h = self.embed_in(ids)
         cos, sin = self.rope(positions, h.dtype)
-        # If few positions are asked for, the last block need not compute the others' attention and MLP.
+        # If few positions are asked for (half is a guess), the last block need not compute the others.
         early = select is not None and 2 * select.shape[1] < T
         for layer in self.layers:
             is_last = layer is self.layers[-1]
@@ -167,6 +168,7 @@ class Pretrained(nn.Module):
     def from_pretrained(cls, source, revision="main", dtype=torch.float32):
         """Load from a hub id or a directory (single or sharded safetensors) onto the CPU as `dtype`.
 
+        This is for notebooks; stages load by distributed.sharding.load_model.
         Raises UserError if a tensor is missing, unexpected, mis-shaped or not finite, or a file is unreadable.
         """
         directory = find_model(source, revision)
@@ -198,7 +200,7 @@ class GPTNeoX(Pretrained):
     """The language model: forward(ids (B, T), select=None (B, R)) -> logits (B, R or T, V)."""
 
     architecture = "GPTNeoXForCausalLM"
-    float32_modules = ()
+    float32_modules = ()  # what sharding keeps in float32
     logits_chunk = 0  # positions whose logits are there at a time, and are computed again in the backward pass; 0: all
 
     def __init__(self, config):
@@ -209,11 +211,11 @@ class GPTNeoX(Pretrained):
     def forward(self, ids, select=None, cache=None):
         return self.embed_out(self.gpt_neox(ids, select, cache))
 
-    def logprobs(self, ids, select, targets, *options):
-        """`token_logprobs` (B, R) of `targets` (B, R) at the positions `select` (B, R); options go there."""
+    def logprobs(self, ids, select, targets, **options):
+        """`token_logprobs` (B, R) of `targets` (B, R) at the positions `select` (B, R), with its options by name."""
 
         def head(h, targets):
-            return fast.token_logprobs(self.embed_out(h), targets, *options)
+            return fast.token_logprobs(self.embed_out(h), targets, **options)
 
         h = self.gpt_neox(ids, select)
         if not self.logits_chunk:
@@ -241,7 +243,7 @@ class ScalarModel(Pretrained):
     """
 
     architecture = "GPTNeoXScalarModel"  # not transformers' sequence classifier, whose head would drop the bias
-    float32_modules = ("score",)  # near 5, neighbouring bfloat16 numbers are 0.03 apart
+    float32_modules = ("score",)  # a reward near 5 would be rounded by 0.03 in bfloat16
 
     def __init__(self, config):
         super().__init__(config)
@@ -257,7 +259,7 @@ def token_logprobs(logits, tokens, temperature=1.0, n_vocab=None, with_entropy=F
 
     n_vocab: the ids from there on are padding rows of the vocabulary that no text uses, and have no probability.
     with_entropy: return (2, B, R), with the entropy of that distribution in nats as the second.
-    This is the plain way; training takes `fast.token_logprobs`, which gives the same in a fraction of the memory.
+    This is the definition, to read and to test by; training takes `fast.token_logprobs`, the same in less memory.
     """
     log_p = (logits[..., :n_vocab].float() / temperature).log_softmax(-1)
     logprobs = log_p.gather(-1, tokens[..., None])[..., 0]
@@ -274,6 +276,7 @@ def init_weights(model, seed=None, only=""):
 
     seed: None draws from torch's global generator. With a number each tensor has a generator of its own, so
           that all shardings give the same model. only: a name prefix, for a new head on a trained body.
+    Nothing happens to parameters on "meta", which are about to be read from a file.
     """
     for index, (name, parameter) in enumerate(model.named_parameters()):
         if parameter.is_meta or not name.startswith(only):
@@ -292,4 +295,4 @@ def init_weights(model, seed=None, only=""):
             if "score" in name:
                 std = 1 / math.sqrt(model.config.hidden_size + 1)
             value = torch.randn(parameter.shape, generator=generator) * std
-        copy_rows(parameter, value)
+        copy_rows(parameter, value)  # this rank's part of it

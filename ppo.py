@@ -5,38 +5,50 @@
     ppo.main(ppo.Config(...), score=f)                               # a notebook; f(queries, responses) -> floats
 
 Four models: the policy and the critic are trained, the reference (the initial policy) and the reward model are frozen.
-The critic starts from the reward model (detail 22). Every random number depends on (seed, step, row) alone.
+The critic starts from the reward model (detail 22; details are those of arXiv:2403.17031). Every random number depends
+on (seed, step, row) alone. A variant changes one step through a door: a function that it hands to `main`, in place of
+the one here or beside it.
 
 Shapes: B rows, Q query, R response, T = Q + R, V vocabulary. Masks are True where a token counts.
 
-    column       0 .. Q-2   Q-1   Q   ..  Q + last  Q + last + 1 ..
-    ids          query      q     r0  ..  EOS       (nothing that counts)
-    logprobs     -          r0    r1  ..  -                    log p of the *next* token: columns Q-1 .. T-2
-    values       -          v0    v1  ..  v(EOS+1)             worth of the text so far, before the next token
-    mask         r0 .. EOS: the policy's actions
-    mask_p1      one more: the value after EOS. The score is paid there, one step after EOS, so that EOS itself
-                 is credited through GAE; a response cut off without EOS is paid at its last token.
+Index t of a (B, R) tensor belongs to response token r(t); what a model says of it stands one column of ids before it.
+In each row, whose query has Q tokens and whose response ends with EOS at index `last`:
+
+    column of ids    0 .. Q-2   Q-1   Q    ..  Q + last - 1   Q + last      (after it nothing counts)
+    ids              query      q     r0   ..  r(last-1)      EOS
+    index t          -          0     1    ..  last           last + 1
+    logprobs[t]      -          r0    r1   ..  EOS            -             log p of the token in the next column
+    values[t]        -          v0    v1   ..  v(last)        v(last+1)     worth of the text up to here
+    mask[t]          -          True  True ..  True           False         the policy's actions
+    mask_p1[t]       -          True  True ..  True           True          one more: the value read at EOS
+
+The score is paid at index last + 1, one step after EOS, so that EOS itself is credited through GAE. A response that is
+cut off without EOS is paid at its last token.
 
 What travels in a batch, a dict of tensors that are the same on every rank:
 
     key                               shape    written by    read by
     responses                         (B, R)   rollout       response_lists: every pass; write_samples
-    has_eos, last, length             (B,)     rollout       where a response ends; rollout_metrics
-    logprobs, ref_logprobs, kl        (B, R)   rollout       advantages, the losses, rollout_metrics
+    has_eos, last                     (B,)     rollout       response_lists; rollout_metrics
+    length                            (B,)     rollout       micro-batches, of rows of similar length
+    logprobs, ref_logprobs            (B, R)   rollout       the losses, variants; rollout_metrics
     values                            (B, R)   rollout       advantages, critic_loss (with a critic)
-    scores                            (B,)     rollout       advantages, rollout_metrics, write_samples
-    mask, mask_p1                     (B, R)   rollout       advantages, critic_loss, rollout_metrics
+    scores                            (B,)     rollout       advantages; rollout_metrics, write_samples
+    kl                                (B, R)   rollout       advantages; rollout_metrics, write_samples
+    mask, mask_p1                     (B, R)   rollout       advantages, actor_loss, critic_loss; rollout_metrics
     entropy, sampled_logprobs         (B, R)   rollout       rollout_metrics
     rewards                           (B, R)   advantages    (nothing: for those who look)
     advantages, weights               (B, R)   advantages    actor_loss: what a token was worth, what it counts
     returns                           (B, R)   advantages    critic_loss (with a critic)
 
-differs from the reference step of arXiv:2403.17031:
+A variant may add others, (B,) or (B, R): they come back in `micro`.
+
+differs from the code of arXiv:2403.17031:
 - Log-probabilities are recomputed by the forward pass that trains (the softmax in float32), not taken from generation.
 - Means are over all tokens of a minibatch on all processes, not per micro-batch, and whitening is over all
   processes: the result depends on neither.
 - Metrics leave out padding. `val/ratio` is that of the first minibatch, where it must be 1.
-- Nothing behind truncate_token counts; arXiv:1909.08593 trains the policy on that as well.
+- Nothing after truncate_token counts; arXiv:1909.08593 trains the policy on that as well.
 """
 
 import functools
@@ -57,15 +69,17 @@ from runtime import Run, TrainConfig, backward, generate_rows, load_model, optim
 
 @dataclass
 class Config(TrainConfig):
+    """Numbers are checked: an int or a float is from 0, a Count from 1, a Positive above 0, a Signed any."""
+
     # ---- models
     model: str = "out/sft_1b/final"  # the SFT model, where the policy starts: hub id or directory
     reference: str = ""  # the frozen reference; empty: the same as model
     reward_model: str = "out/rm_1b/final"  # hub id or directory; a,b,c: the mean of these
-    critic: str = ""  # where the critic starts; empty: the reward model (with a score function: model, with a new head)
+    critic: str = ""  # where the critic starts; empty: the reward model (a function scores: `model` with a new head)
     # ---- data
     data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # queries: hub id, directory or file with {split}
     eval_split: str = ""  # of no use here: sample.py evaluates
-    max_length: int = 512  # tokens of a query; a longer one is an error
+    max_length: int = 512  # tokens of a query; longer posts have been cut, any other longer one is an error
     # ---- batch
     episodes: Count = 1_000_000  # responses sampled in the whole run
     batch_size: Count = 512  # episodes per update, over all processes
@@ -78,7 +92,7 @@ class Config(TrainConfig):
     response_length: Count = 53  # tokens sampled at most
     temperature: Positive = 0.7  # of sampling, and of all log-probabilities
     truncate_token: int = 0  # id of the token that ends a response (arXiv:1909.08593); 0: EOS
-    truncate_after: int = 0  # an end before this column does not count
+    truncate_after: int = 0  # an end among the first so many tokens does not count
     # ---- reward
     missing_eos_score: Signed = -1.0  # the score of a response without EOS (detail 23.3)
     kl_coef: float = 0.05  # penalty per nat of KL to the reference
@@ -104,19 +118,23 @@ class Config(TrainConfig):
 
 
 def train(run, cfg, policy, reference, critic, score, advantages, token_loss, before_step, after_update):
-    """Every update: sample a batch, work out what each token was worth, and take a few steps on it."""
-    for step in run.train():
-        row_indices = run.batch_indices()
+    """Every update: sample a batch, work out what each token was worth, and take a few steps on it.
+
+    The last four are doors: see `main`. By default they are the functions of that name below, or nothing.
+    """
+    for step in run.updates():
+        row_indices = run.row_indices()
         queries = run.rows[row_indices]["query"]
         batch = rollout(run, cfg, policy, reference, critic, score, queries, row_indices)
         batch = advantages(cfg, batch, run.state)
 
         # What the samples say comes first: the update changes the policy that they are of.
         metrics = {"episode": (step + 1) * cfg.batch_size}
-        metrics.update(rollout_metrics(batch, run.state.get("kl_coef", 0.0)))
+        kl_coef = run.state.get("kl_coef", 0.0)  # left there by `advantages`, if the rewards have a penalty
+        metrics.update(rollout_metrics(batch, kl_coef))
         metrics.update(ppo_update(run, cfg, policy, critic, queries, batch, token_loss, before_step))
 
-        # The next batch's coefficient, and a variant's, follow these; a checkpoint keeps them.
+        # A checkpoint keeps these. `advantages` looks at the first at the next batch, a variant at either.
         run.state["kl"] = metrics["objective/kl"]
         run.state["update_kl"] = metrics["policy/approxkl_avg"]
         if after_update is not None:
@@ -140,23 +158,26 @@ def rollout(run, cfg, policy, reference, critic, score, queries, row_indices):
     eos_id = run.tokenizer.eos_id
     end_id = cfg.truncate_token or eos_id
 
-    # 1. Sample a fixed number of tokens, EOS among them (detail 23.1): one uniform number decides each.
+    # 1. Sample (detail 23.1): one uniform number decides each token. A row that has drawn `stop` only repeats it,
+    #    but where an early end does not count nothing may stop a row.
     draws = uniforms((len(queries), cfg.response_length), cfg.seed, run.step)
     stop = None if cfg.truncate_after else end_id
-    n_rows = cfg.rollout_micro_batch_size
-    responses, sampled = generate_rows(cfg, run.world, policy, queries, draws, stop, n_vocab, n_rows)
+    rows_per_pass = cfg.rollout_micro_batch_size
+    responses, sampled = generate_rows(cfg, run.world, policy, queries, draws, stop, n_vocab, rows_per_pass)
 
-    # 2. A response ends at its first EOS; what stands behind does not count (detail 23.2).
+    # 2. A response ends at its first EOS; what comes after it does not count (detail 23.2).
     has_eos, last = find_eos(responses, end_id, cfg.truncate_after)
     query_lens = torch.tensor(list(map(len, queries)), device=last.device)
     batch = {"responses": responses, "sampled_logprobs": sampled, "has_eos": has_eos, "last": last}
-    batch["length"] = query_lens + last
+    batch["length"] = query_lens + last + 1
 
-    # 3. Measure it: log-probabilities by the pass that trains, the critic's values, the score.
+    # 3. Measure it: log-probabilities by the pass that trains, the critic's values, the score. Each rank does so for
+    #    its share of the rows (`indices`, positions in the batch), and then all have all of them.
     def measure(indices):
         ids, select, targets = sequence_inputs(run, queries, batch, indices)
-        logprobs, entropy = policy.logprobs(ids, select, targets, cfg.temperature, n_vocab, True)
-        ref_logprobs = reference.logprobs(ids, select, targets, cfg.temperature, n_vocab)
+        options = {"temperature": cfg.temperature, "n_vocab": n_vocab}
+        logprobs, entropy = policy.logprobs(ids, select, targets, **options, with_entropy=True)
+        ref_logprobs = reference.logprobs(ids, select, targets, **options)
         columns = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "entropy": entropy}
         if critic is not None:
             columns["values"] = critic(ids, select)
@@ -167,20 +188,22 @@ def rollout(run, cfg, policy, reference, critic, score, queries, row_indices):
 
         ended = response_lists(batch, indices)
         if end_id != eos_id:
-            # A reward model is read at EOS: behind another end it is put there.
-            ended = [ids + [eos_id] for ids in ended]
+            # A reward model has learned to be read at EOS: it gets one after any other end.
+            ended = [response + [eos_id] for response in ended]
         columns["scores"] = score(pick(queries, indices), ended, row_indices[indices])
         return columns
 
-    batch.update(run.world.map_rows(measure, batch["length"].tolist(), n_rows))
+    batch.update(run.world.map_rows(measure, batch["length"].tolist(), rows_per_pass))
     refuse_nonfinite(batch, run.step)
 
     # 4. Without EOS a score means nothing (detail 13): a constant takes its place (detail 23.3).
     batch["scores"] = batch["scores"].where(has_eos, cfg.missing_eos_score)
-    columns = torch.arange(cfg.response_length, device=last.device)
-    batch["mask"] = columns <= last[:, None]
-    batch["mask_p1"] = columns <= last[:, None] + 1
+    index = torch.arange(cfg.response_length, device=last.device)
+    batch["mask"] = index <= last[:, None]
+    batch["mask_p1"] = index <= last[:, None] + 1
     batch["kl"] = (batch["logprobs"] - batch["ref_logprobs"]) * batch["mask"]
+    if critic is not None:
+        batch["values"] = batch["values"] * batch["mask_p1"]
     return batch
 
 
@@ -194,19 +217,20 @@ def find_eos(responses, eos_id, after=0):
 
 
 def sequence_inputs(run, queries, batch, indices):
-    """ids (B, T), select and targets (B, R') of some of a batch's rows, each cut one token behind EOS: the last value
-    that counts is read at EOS, in the column that predicts that token.
+    """ids (B, T), select and targets (B, R') of the batch's rows at `indices`, for a pass through a model.
+
+    One token after EOS is kept: the last value that counts is read at EOS, in the column that predicts that token.
     """
-    responses = response_lists(batch, indices, more=2)
+    responses = response_lists(batch, indices, n_after_eos=1)
     ids, select, targets, _ = collate(pick(queries, indices), responses, run.world.device)
     return ids, select, targets
 
 
-def response_lists(batch, indices, more=1):
-    """The responses of some of a batch's rows as lists of ids, those before column last + more."""
+def response_lists(batch, indices, n_after_eos=0):
+    """The responses of the batch's rows at `indices` as lists of ids, up to EOS and so many tokens after it."""
     responses = batch["responses"][indices].tolist()
-    last = batch["last"][indices].tolist()
-    return [ids[: end + more] for ids, end in zip(responses, last)]
+    ends = batch["last"][indices] + 1 + n_after_eos
+    return [ids[:end] for ids, end in zip(responses, ends.tolist())]
 
 
 def refuse_nonfinite(batch, step):
@@ -225,31 +249,37 @@ def advantages(cfg, batch, state):
 
     state: what a resumed run needs, in JSON: the KL coefficient, and the KL that `train` leaves there.
     """
-    # 1. The penalty's coefficient: an adaptive one follows the KL of the last batch.
+    # 1. The penalty's coefficient.
+    kl_coef = next_kl_coef(cfg, state)
+    state["kl_coef"] = kl_coef
+
+    # 2. Rewards: the penalty at each token, the score at the end.
+    rewards = shape_rewards(batch["kl"], batch["scores"], batch["mask_p1"], kl_coef, cfg.whiten_rewards)
+
+    # 3. Advantages, and the returns that the critic learns.
+    estimates = gae(rewards, batch["values"], cfg.gamma, cfg.lam)
+    returns = estimates + batch["values"]
+
+    # 4. Advantages of mean 0 and variance 1 over the whole batch (detail 25).
+    mask = batch["mask"]
+    if cfg.whiten_advantages:
+        estimates = whiten(estimates, mask)
+    new = {"rewards": rewards, "returns": returns}
+    return {**batch, **new, "advantages": estimates * mask, "weights": mask}
+
+
+def next_kl_coef(cfg, state):
+    """The coefficient for this batch: an adaptive one follows the KL of the last batch.
+
+    The controller is made anew each time, for `state` is what a checkpoint keeps.
+    """
     controller = FixedKLController(cfg.kl_coef)
     if cfg.kl_target:
         before = state.get("kl_coef", cfg.kl_coef)
         controller = AdaptiveKLController(before, cfg.kl_target, cfg.kl_horizon)
     if "kl" in state:
         controller.update(state["kl"], cfg.batch_size)
-    state["kl_coef"] = controller.value
-
-    # 2. Rewards: the penalty at each token, the score at the end.
-    mask_p1 = batch["mask_p1"]
-    options = (controller.value, cfg.whiten_rewards)
-    rewards = shape_rewards(batch["kl"], batch["scores"], mask_p1, *options)
-
-    # 3. Advantages, and the returns that the critic learns.
-    values = batch["values"] * mask_p1
-    estimates = gae(rewards, values, cfg.gamma, cfg.lam)
-    returns = estimates + values
-
-    # 4. Advantages of mean 0 and variance 1 over the whole batch (detail 25).
-    mask = batch["mask"]
-    if cfg.whiten_advantages:
-        estimates = whiten(estimates, mask)
-    new = {"rewards": rewards, "values": values, "returns": returns}
-    return {**batch, **new, "advantages": estimates * mask, "weights": mask}
+    return controller.value
 
 
 class FixedKLController:
@@ -292,7 +322,7 @@ def shape_rewards(kl, scores, mask_p1, kl_coef, whiten_rewards=False):
 def gae(rewards, values, gamma, lam):
     """Generalised advantage estimation: (B, R) from rewards and values (B, R). (arXiv:1506.02438 eq. 16)
 
-    The value after the last column is 0.
+    The value after the last index is 0. Both are 0 after a row's end, so nothing comes from there.
     """
     advantages = torch.zeros_like(rewards)
     next_value = 0.0
@@ -326,26 +356,28 @@ def ppo_update(run, cfg, policy, critic, queries, batch, token_loss, before_step
     """
     n_steps = cfg.n_epochs * cfg.n_minibatches
     policy_learns = run.step >= cfg.critic_steps
-    parts = []
-    metrics = {}
+    parts = []  # of the means: they add up over micro-batches, steps and ranks
+    added = {}  # to the metrics, by before_step
     for number, indices in enumerate(minibatch_indices(cfg, run.step)):
-        sums = accumulate(run, cfg, policy, critic, queries, batch, indices, token_loss, policy_learns)
-        for stats in sums:
-            ratio = stats["val/ratio_avg"]
-            # Before any step of this update it must be 1, or rollout and update disagree.
-            first_ratio = ratio if number == 0 else torch.zeros_like(ratio)
-            part = {name: x / n_steps for name, x in stats.items()}
-            parts.append({"val/ratio": first_ratio, **part})
+        micro_stats = accumulate(run, cfg, policy, critic, queries, batch, indices, token_loss, policy_learns)
+        for stats in micro_stats:
+            parts.append({name: x / n_steps for name, x in stats.items()})
+        if number == 0:
+            # Before any step of this update the ratio must be 1, or rollout and update disagree.
+            first_ratios = [{"val/ratio": stats["val/ratio_avg"]} for stats in micro_stats]
 
         if before_step is not None and policy_learns:
-            metrics.update(run.world.sum_scalars(sums))
-            if before_step(run, cfg, metrics):
+            numbers = run.world.sum_scalars(micro_stats)
+            if before_step(run, cfg, numbers):
+                # Without gradients the policy stays as it is; the critic takes its steps.
                 policy_learns = False
                 policy.zero_grad()
-        metrics.update(optimizer_step(run))
+            added = {name: x for name, x in numbers.items() if name not in parts[0]}
+        last_step = optimizer_step(run)
 
+    first_ratio = run.world.sum_scalars(first_ratios)
     means = run.world.sum_scalars(parts)
-    return {**means, **{name: x for name, x in metrics.items() if name not in means}}
+    return {**first_ratio, **means, **added, **last_step}
 
 
 def minibatch_indices(cfg, step):
@@ -356,7 +388,7 @@ def minibatch_indices(cfg, step):
 
 
 def accumulate(run, cfg, policy, critic, queries, batch, indices, token_loss, policy_learns):
-    """Accumulate the gradients of the losses of a minibatch, the batch's rows at `indices`.
+    """Accumulate the gradients of a minibatch, the batch's rows at `indices`, from this rank's share of it.
 
     Returns for each micro-batch a dict of statistics, which add up to the minibatch's.
     """
@@ -364,39 +396,42 @@ def accumulate(run, cfg, policy, critic, queries, batch, indices, token_loss, po
     # The losses are means over the whole minibatch: over all micro-batches, and all ranks.
     total_weight = minibatch["weights"].sum()
     n_values = minibatch["mask_p1"].sum()
-    with_entropy = cfg.entropy_coef > 0
-    options = (cfg.temperature, run.tokenizer.n_vocab, with_entropy)
-    sums = []
-    for positions in run.micro_batches(minibatch["length"].tolist()):
-        row_indices = indices[positions]
-        ids, select, targets = sequence_inputs(run, queries, batch, row_indices)
+    options = {"temperature": cfg.temperature, "n_vocab": run.tokenizer.n_vocab}
+    micro_stats = []
+    for part in run.micro_batches(minibatch["length"].tolist()):
+        micro_indices = indices[part]
+        ids, select, targets = sequence_inputs(run, queries, batch, micro_indices)
         micro = {}
         for name, x in minibatch.items():
-            micro[name] = x[positions] if x.dim() == 1 else x[positions, : select.shape[1]]
+            micro[name] = x[part] if x.dim() == 1 else x[part, : select.shape[1]]
 
         # One model at a time: its activations are gone before the next one's come.
+        new_entropy = None
         with torch.set_grad_enabled(policy_learns):
-            new = policy.logprobs(ids, select, targets, *options)
-        new_logprobs, new_entropy = new if with_entropy else (new, None)
+            if cfg.entropy_coef > 0:
+                new_logprobs, new_entropy = policy.logprobs(ids, select, targets, **options, with_entropy=True)
+            else:
+                new_logprobs = policy.logprobs(ids, select, targets, **options)
         loss, stats = actor_loss(cfg, token_loss, new_logprobs, micro, total_weight, new_entropy)
         if policy_learns:
-            backward(run, loss, row_indices)
+            backward(run, loss, micro_indices)  # loss.backward(), see distributed/optimizer.py
         if critic is not None:
             loss, critic_stats = critic_loss(cfg, critic(ids, select), micro, n_values)
-            backward(run, loss, row_indices)
+            backward(run, loss, micro_indices)
             stats.update(critic_stats)
-        sums.append(stats)
-    return sums
+        micro_stats.append(stats)
+    return micro_stats
 
 
 def actor_loss(cfg, token_loss, new_logprobs, micro, total_weight, new_entropy=None):
     """A micro-batch's part of its minibatch's policy loss, and of its statistics (a dict of scalars); both add up.
 
+    token_loss: by default `clipped_surrogate`, which is `policy_loss`.
     total_weight: what all tokens of the minibatch count together, over all micro-batches and ranks.
     """
     weights = micro["weights"] / total_weight  # (B, R)
     logprobs = micro["logprobs"]
-    new_logprobs = new_logprobs.where(micro["mask"], logprobs)  # what stands behind EOS must not overflow exp
+    new_logprobs = new_logprobs.where(micro["mask"], logprobs)  # after EOS nothing must overflow exp
     pg_loss = token_loss(cfg, new_logprobs, micro)  # (B, R)
     with torch.no_grad():
         ratio = torch.exp(new_logprobs - logprobs)
@@ -494,10 +529,10 @@ def write_samples(run, cfg, queries, batch):
 # ---------------------------------------------------------------------------- the models and the doors
 
 
-@stage
+@stage  # errors become one line
 def main(cfg, score=None, advantages=advantages, token_loss=clipped_surrogate, with_critic=True,
          before_step=None, after_update=None):  # fmt: skip
-    """Load data and models, train, and write out_dir/final. The rest are doors, each a function to change one thing:
+    """Load data and models, train, and write out_dir/final. All but cfg change one thing; the functions are doors:
 
     score(queries, responses, rows) -> floats       in place of the reward model: lists of texts, and the data's rows
                                                     (dicts), which a function of two arguments does not get. As with a
@@ -510,7 +545,7 @@ def main(cfg, score=None, advantages=advantages, token_loss=clipped_surrogate, w
     after_update(run, policy, reference)            after each update
     with_critic                                     False: no critic is there, and a batch has no values
     """
-    world, data = start(cfg, n_responses=0, n_minibatches=cfg.n_minibatches)
+    world, data = start(cfg, n_responses=0, n_minibatches=cfg.n_minibatches)  # of each row the query alone
     n_vocab = data.tokenizer.n_vocab
     # Beyond these limits the policy would never learn, or no response ever end.
     limits = dict(critic_steps=data.n_updates, truncate_token=n_vocab, truncate_after=cfg.response_length)
@@ -531,11 +566,12 @@ def main(cfg, score=None, advantages=advantages, token_loss=clipped_surrogate, w
     models = {"policy": policy}
     critic = None
     if with_critic:
-        # It starts from the (first) reward model, where there is one; else with a new head.
-        source = cfg.critic
-        if not source and score is None:
-            source = cfg.reward_model.split(",")[0]
-        critic = load(ScalarModel, source or cfg.model, trainable=True, new_head=not source)
+        if cfg.critic:
+            critic = load(ScalarModel, cfg.critic, trainable=True)
+        elif score is None:
+            critic = load(ScalarModel, cfg.reward_model.split(",")[0], trainable=True)
+        else:
+            critic = load(ScalarModel, cfg.model, trainable=True, new_head=True)
         models["critic"] = critic
 
     run = Run(cfg, world, data, models, lrs={"critic": cfg.critic_lr})

@@ -49,8 +49,8 @@ def main(cfg):
         references = load_split(cfg, world, tokenizer, cfg.normalize_data, cfg.train_split, n_responses=1)
     model = load_model(cfg, world, tokenizer.n_vocab, ScalarModel, cfg.model, trainable=True, new_head=True)
     run = Run(cfg, world, data, {"model": model})
-    for step in run.train():
-        # Gain and bias are set on the new head as well, before it learns.
+    for step in run.updates():
+        # Gain and bias are set on the new head as well, before it learns; a resumed run begins later.
         if step == 0 and references and cfg.normalize_std:
             normalize(run, cfg, model, references)
         metrics = update(run, cfg, model)
@@ -78,7 +78,7 @@ def main(cfg):
 
 def update(run, cfg, model):
     """Accumulate the gradient of this step's batch; returns its loss, accuracy and mean margin (best against worst)."""
-    batch = run.rows.select(run.batch_indices())
+    batch = run.rows.select(run.row_indices())
     parts = []
     for indices in run.micro_batches(batch["length"]):
         out = forward(cfg, model, batch[indices], run.world.device)

@@ -1,11 +1,15 @@
 """What every stage needs and none is about: its configuration, its data, the run in its directory.
 
+What stages use of distributed/ they take from here: `backward`, `optimizer_step` (optimizer.py), `generate_rows`,
+`load_model` (sharding.py), `open_directory` (checkpoint.py), and the decorator `stage` (processes.py), by which errors
+become one line.
+
 All randomness is a pure function of (seed, step, row), so there is no generator state here to save.
 """
 
 import math
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +19,11 @@ from tqdm import tqdm
 
 from configurator import Count, Share, UserError, check, require
 from data import batch_indices, load_rows
-from distributed.checkpoint import LOGS, resume, save_checkpoint
-from distributed.optimizer import backward, make_optimizer, optimizer_step  # noqa: F401 (for the stages)
+from distributed.checkpoint import open_directory, resume, save_checkpoint
+from distributed.optimizer import backward, make_optimizer, optimizer_step  # noqa: F401
 from distributed.processes import Done, Signals, World, stage  # noqa: F401
 from distributed.sharding import generate_rows, keep_whole, load_model  # noqa: F401
-from hub.files import move, read_json, write_json, write_jsonl
+from hub.files import move, write_jsonl
 from hub.tokenizer import Tokenizer
 
 
@@ -32,7 +36,7 @@ class RunConfig:
     seed: int = 44413  # decides the initial weights, the data order and every sampled token
     accept_changes: bool = False  # go on in an out_dir that holds a run with another configuration
     # ---- data
-    max_query_tokens: Count = 512  # longer posts are cut (detail 2.2)
+    max_query_tokens: Count = 512  # longer posts are cut (arXiv:2403.17031 detail 2.2), but articles at 1919 or more
     # ---- processes and memory
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; auto: bfloat16 on cuda; the masters are float32
@@ -84,17 +88,15 @@ class TrainConfig(RunConfig):
 
 @dataclass
 class Data:
-    """What a stage reads: its tokenizer, the rows to train on, those held out ("" without an eval_split), and the
-    number of updates.
-    """
+    """What a stage reads, and how many updates that makes."""
 
     tokenizer: Tokenizer
-    train: Any
-    held_out: Any
+    train: Any  # the rows to train on: a datasets.Dataset with the columns that load_rows gives them
+    held_out: Any  # another; None without an eval_split
     n_updates: int
 
 
-def start(cfg, n_responses, tokenizer="", n_minibatches=1, **options):
+def start(cfg, n_responses, tokenizer_source="", n_minibatches=1, **options):
     """Join the process group, open cfg.out_dir, load the tokenizer (cfg.model's, if none is named) and the rows.
 
     Returns this process's World, and Data. Raises Done if the run is complete already. n_responses and options go to
@@ -105,12 +107,12 @@ def start(cfg, n_responses, tokenizer="", n_minibatches=1, **options):
     # Rank 0 looks: processes must not differ in what they find.
     if world.agree_on((out_dir / "final").exists()):
         world.print(f"{out_dir}/final is there already; to train again, choose another out_dir")
-        raise Done
+        raise Done  # `stage` ends quietly
 
-    tokenizer = Tokenizer.load(tokenizer or cfg.model)
+    tokenizer = Tokenizer.load(tokenizer_source or cfg.model)
     options["n_responses"] = n_responses
     train = load_split(cfg, world, tokenizer, cfg.data, cfg.train_split, **options)
-    held_out = ""
+    held_out = None
     if cfg.eval_split:
         held_out = load_split(cfg, world, tokenizer, cfg.data, cfg.eval_split, **options)
 
@@ -122,35 +124,6 @@ def start(cfg, n_responses, tokenizer="", n_minibatches=1, **options):
     shape = f"{n_minibatches} minibatches x {world.size} ranks x {cfg.batch_size // parts} rows"
     world.print(f"{n_updates} updates: {shape}")
     return world, Data(tokenizer, train, held_out, n_updates)
-
-
-def open_directory(cfg, world):
-    """Print the resolved configuration, and write it to out_dir/config.json; returns out_dir as a path.
-
-    Raises UserError if a run with another configuration has begun there.
-    """
-    require(cfg.out_dir, "out_dir is empty; name a directory")
-    out_dir = Path(cfg.out_dir)
-    values = asdict(cfg)
-    lines = [f"{key} = {value!r}" for key, value in values.items()]
-    del values["accept_changes"]
-    del values["out_dir"]  # a run may be moved
-
-    # A model's config.json must stay, too.
-    signs = ("checkpoints", "final", "model.safetensors", "model.safetensors.index.json", *LOGS)
-    has_begun = any((out_dir / name).exists() for name in signs)
-    if has_begun and not cfg.accept_changes:
-        was = read_json(out_dir / "config.json")
-        pairs = [(key, was.get(key), new) for key, new in values.items()]
-        changed = ", ".join(f"{key} ({old!r} -> {new!r})" for key, old, new in pairs if old != new)
-        mend = "choose another out_dir, or go on knowingly with --accept_changes"
-        require(not changed, f"{out_dir} holds a run with another configuration: {changed}; {mend}")
-
-    world.print(*lines)
-    if world.is_main:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        write_json(out_dir / "config.json", values)
-    return out_dir
 
 
 def load_split(cfg, world, tokenizer, source, split, **options):
@@ -171,7 +144,7 @@ class Run:
         self.cfg = cfg
         self.world = world
         self.out_dir = Path(cfg.out_dir)
-        self.lock = open(self.out_dir / "lock", "w")  # noqa: SIM115 (held until this process ends)
+        self.lock = open(self.out_dir / "lock", "w")  # noqa: SIM115 (`resume` locks it until this process ends)
 
         self.tokenizer = data.tokenizer
         self.rows = data.train
@@ -180,16 +153,16 @@ class Run:
 
         self.models = nn.ModuleDict(models)
         self.optimizer = make_optimizer(cfg, self.models, lrs or {})
-        self.losses = []  # of the micro-batches since the last step: (positions in the batch, loss)
-        self.skipped = 0  # steps left out since the last row of metrics.jsonl
+        self.losses = []  # (positions in the batch, loss): `backward` appends, `optimizer_step` looks and clears
+        self.skipped = 0  # steps that optimizer_step left out since the last row of metrics.jsonl
 
         self.state = {}  # what else a resumed run needs, in JSON; stages and variants change it in place
         self.bar = tqdm(total=self.total, disable=not world.is_main, desc=self.out_dir.name)
         self.signals = Signals(self.bar)
-        self.step = 0
+        self.step = 0  # `updates` goes on from the last checkpoint
 
-    def train(self):
-        """Yield the updates still to do, under a progress bar; with a checkpoint after each save_every and the last.
+    def updates(self):
+        """Resume, and yield the updates still to do, under a progress bar; save after each save_every and the last.
 
         SIGTERM or SIGINT (Ctrl-C) ends the run after the update, with a checkpoint; a second Ctrl-C ends it at once.
         """
@@ -210,7 +183,7 @@ class Run:
             if stopping:
                 self.world.print(f"stopped after update {self.step}; the same command goes on from there")
                 raise Done
-        self.signals.let_it_finish()
+        self.signals.let_it_finish()  # from here on SIGTERM changes nothing, and Ctrl-C ends at once
 
     def checkpoint_is_due(self):
         if self.cfg.save_every == 0:
@@ -218,15 +191,18 @@ class Run:
         # The last update has one too: evaluation and export can fail.
         return self.step % self.cfg.save_every == 0 or self.step == self.total
 
-    def batch_indices(self):
-        """Positions (batch_size,) of this step's rows; with PPO's group_size each stands there so many times."""
+    def row_indices(self):
+        """The rows of the data (batch_size,) that this step is about; PPO's group_size repeats each, side by side."""
         group_size = getattr(self.cfg, "group_size", 1)
         n_rows = self.cfg.batch_size // group_size
         indices = batch_indices(len(self.rows), n_rows, self.step, self.cfg.seed)
         return np.repeat(indices, group_size)
 
     def micro_batches(self, lengths):
-        """`split_rows` for passes that train: with train_gather parameters and gradients stay whole until the last."""
+        """Yield this rank's share of rows of these lengths, as arrays of their positions, for passes that train.
+
+        With train_gather parameters and gradients stay whole until the last.
+        """
         micro_batches = self.world.split_rows(lengths, self.cfg.micro_batch_size)
         for number, indices in enumerate(micro_batches, 1):
             is_last = number == len(micro_batches)
@@ -250,10 +226,10 @@ class Run:
 
     def export(self, model, name="final"):
         """Write out_dir/`name`, a model directory that transformers and the next stage load. Collective."""
-        # It has its name once all of it is there: who kills the run leaves no half a model.
+        # Written under another name and renamed when complete: a killed run leaves no partial model.
         temporary = self.out_dir / f"tmp_{name}"
         model.save_pretrained(temporary)
         if self.world.is_main:
             shutil.copyfile(self.tokenizer.path, temporary / "tokenizer.json")
-            move(temporary, self.out_dir / name)  # a resumed run writes some again
+            move(temporary, self.out_dir / name)  # a resumed run may write a step's model again
             print(f"\nwrote {self.out_dir / name}", flush=True)

@@ -7,7 +7,7 @@ Writes out_dir/final, where the reward model, PPO and DPO start.
 
 Shapes: B micro-batch, R predicted tokens, V vocabulary.
 
-differs: the reference averages over micro-batches of one sequence; here every micro-batch is weighted by its share
+differs: the paper's code averages over micro-batches of one sequence; here every micro-batch is weighted by its share
 of the whole batch, which gives the same mean over sequences for any micro-batch size and number of processes.
 """
 
@@ -32,8 +32,8 @@ class Config(TrainConfig):
     # ---- batch
     batch_size: Count = 128  # rows per update, over all processes
     # ---- loss
-    loss_on: Literal["all", "response"] = "all"  # all: query and response, as the reference; or the response alone
-    reduction: Literal["sequence", "token"] = "sequence"  # mean over rows of the row's mean, as the reference; over all
+    loss_on: Literal["all", "response"] = "all"  # all: query and response, as in the paper; or the response alone
+    reduction: Literal["sequence", "token"] = "sequence"  # mean of the rows' means, as in the paper; mean over tokens
     # ---- logging
     eval_every: int = 0  # updates between evaluations; 0: only after the last
     export_every: int = 0  # updates between models in out_dir/step_N, for sample.py to choose from; 0: only the last
@@ -42,13 +42,13 @@ class Config(TrainConfig):
 @stage
 def main(cfg, inputs=None):
     """inputs: a function like `model_inputs`, in its place."""
-    world, data = start(cfg, n_responses=1, tokenizer=cfg.tokenizer)
+    world, data = start(cfg, n_responses=1, tokenizer_source=cfg.tokenizer)
     n_vocab = data.tokenizer.n_vocab
     model = load_model(cfg, world, n_vocab, GPTNeoX, cfg.model, trainable=True, scratch=cfg.scratch)
     inputs = inputs or model_inputs
 
     run = Run(cfg, world, data, {"model": model})
-    for step in run.train():
+    for step in run.updates():
         # The evaluation is of the model as it is before this update.
         metrics = {}
         if run.held_out and cfg.eval_every and step % cfg.eval_every == 0:
@@ -66,11 +66,12 @@ def main(cfg, inputs=None):
 
 def update(run, cfg, model, inputs):
     """Accumulate the gradient of this step's batch; returns its loss."""
-    batch = run.rows.select(run.batch_indices())
+    batch = run.rows.select(run.row_indices())
     n_tokens = count_tokens(batch, cfg.loss_on)
     parts = []
     for indices in run.micro_batches(batch["length"]):
         ids, select, targets, mask = inputs(batch[indices], cfg.loss_on, run.world.device)
+        # Over the whole vocabulary: its padding rows have to learn that they are not used.
         logprobs = model.logprobs(ids, select, targets)  # (B, R)
         # Each micro-batch adds its share of the whole batch's mean.
         weights = loss_weights(mask, cfg.reduction, cfg.batch_size, n_tokens)

@@ -1,5 +1,6 @@
-"""Resumable checkpoints: complete on the disk before they have their name, and checked before they are used.
+"""A run's directory, and resumable checkpoints: complete before they have their name, checked before they are used.
 
+    out_dir/config.json             the configuration; another one is refused
     out_dir/checkpoints/step_N/     each rank's shards as safetensors, state.json, checksums.json
 """
 
@@ -8,15 +9,49 @@ import fcntl
 import hashlib
 import os
 import shutil
+from dataclasses import asdict
+from pathlib import Path
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from configurator import UserError, explain, require
+from configurator import UserError, require
 from hub.files import move, read_json, write_json
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 TENSORS_PER_FILE = 32  # a file is copied to CPU memory before it is written
+
+
+def open_directory(cfg, world):
+    """Print the resolved configuration, and write it to out_dir/config.json; returns out_dir as a path.
+
+    Raises UserError if a run with another configuration has begun there.
+    """
+    require(cfg.out_dir, "out_dir is empty; name a directory")
+    out_dir = Path(cfg.out_dir)
+    values = asdict(cfg)
+    lines = [f"{key} = {value!r}" for key, value in values.items()]
+    del values["accept_changes"]
+    del values["out_dir"]  # a run may be moved
+
+    # Signs of a run, which has its configuration there; or of a model, whose config.json then differs in every key.
+    signs = ("checkpoints", "final", "model.safetensors", "model.safetensors.index.json", *LOGS)
+    has_begun = any((out_dir / name).exists() for name in signs)
+    if has_begun and not cfg.accept_changes:
+        was = read_json(out_dir / "config.json")
+        pairs = [(key, was.get(key), new) for key, new in values.items()]
+        changed = ", ".join(f"{key} ({old!r} -> {new!r})" for key, old, new in pairs if old != new)
+        mend = "choose another out_dir, or go on knowingly with --accept_changes"
+        require(not changed, f"{out_dir} holds a run with another configuration: {changed}; {mend}")
+
+    world.print(*lines)
+    if world.is_main:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        write_json(out_dir / "config.json", values)
+    return out_dir
+
+
+# ---------------------------------------------------------------------------- saving
 
 
 def training_state(run):
@@ -27,9 +62,6 @@ def training_state(run):
         for key, moment in run.optimizer.state[parameter].items():
             tensors[f"{key}.{name}"] = moment
     return tensors
-
-
-# ---------------------------------------------------------------------------- saving
 
 
 def save_checkpoint(run):
@@ -116,10 +148,13 @@ def resume(run):
 
 
 def take_lock(run):
-    """Hold out_dir/lock until this process ends: it may outlive its torchrun. Not every file system has locks."""
-    taken = f"{run.out_dir}: another run is there; stop it"
-    with contextlib.suppress(OSError), explain(taken, BlockingIOError):
+    """Hold out_dir/lock until this process ends, which may be after its torchrun has."""
+    try:
         fcntl.lockf(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{run.out_dir}: another run is there; stop it") from None
+    except OSError:
+        return  # not every file system has locks
 
 
 def find_newest_whole(run, steps):
@@ -141,14 +176,16 @@ def load_checkpoint(run):
     """Fill models, optimizer and run.state from run.step's checkpoint; returns the sizes that the logs had."""
     path = run.out_dir / "checkpoints" / f"step_{run.step}"
     dcp.load(training_state(run), storage_reader=dcp.HuggingFaceStorageReader(path))
-    run.state.update(read_json(path / "state.json"))
+    stored = read_json(path / "state.json")
+    del stored["step"]
+    sizes = stored.pop("sizes")
+    run.state.update(stored)
     run.world.print(f"resumed from {path}")
-    del run.state["step"]
-    return run.state.pop("sizes")
+    return sizes
 
 
 def hide_later(run, steps):
-    """Damaged checkpoints behind run.step, which the logs will not reach, become bad_step_N."""
+    """Damaged checkpoints, later than run.step, become bad_step_N: nobody looks at them again."""
     for step in steps:
         if step > run.step:
             directory = run.out_dir / "checkpoints"

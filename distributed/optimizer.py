@@ -42,7 +42,7 @@ def learning_rate(step, total_steps, lr, schedule, warmup_steps=0):
 
 
 def backward(run, loss, indices=()):
-    """Back-propagate this rank's part of a loss that is a sum over all ranks.
+    """Back-propagate this rank's part of a loss that is a sum over all ranks: the caller has divided by their totals.
 
     indices: positions in the batch of the rows in it, to be named if the loss is not finite.
     FSDP averages gradients over the ranks; the factor undoes that. (set_gradient_divide_factor does not work on
@@ -90,7 +90,7 @@ def describe_nonfinite(run, norm):
     rows = set()
     for indices, loss in run.losses:
         if not loss.isfinite():
-            rows.update(run.batch_indices()[list(indices)].tolist())
+            rows.update(run.row_indices()[list(indices)].tolist())
     which = f"this rank's rows whose loss is not finite: {sorted(rows) or 'none'}"
     where = f"step {run.step}, rank {run.world.rank}"
     return f"{where}: the gradient norm is {norm.item()}; {which}; lower lr, or mend the rows"

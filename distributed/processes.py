@@ -18,7 +18,10 @@ from torch.distributed.checkpoint import CheckpointException
 
 from configurator import UserError, explain, require
 
-MALLOC = {-4: 0, -1: 2**31 - 1, -2: 2**26}  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+# glibc's names for what mallopt sets
+M_MMAP_MAX = -4
+M_TRIM_THRESHOLD = -1
+M_TOP_PAD = -2
 
 
 class World:
@@ -48,7 +51,7 @@ class World:
         shape = (self.size // shards, shards)
         self.mesh = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=("replicas", "shards"))
         if shards == self.size:
-            self.mesh = self.mesh["shards"]
+            self.mesh = self.mesh["shards"]  # one copy: FSDP; with two dimensions it replicates, too
 
     def print(self, *lines):
         if self.is_main:
@@ -86,7 +89,7 @@ class World:
         return columns
 
     def gather_rows(self, tensor):
-        """The tensors (rows, ...) of all ranks, one behind the other."""
+        """The tensors (rows, ...) of all ranks, one after the other."""
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
@@ -133,8 +136,10 @@ def keep_freed_memory():
     if not any(name.startswith("MALLOC_") for name in os.environ):
         # Other C libraries have no mallopt.
         with contextlib.suppress(OSError, AttributeError):
-            for option, value in MALLOC.items():
-                ctypes.CDLL(None).mallopt(option, value)
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(M_MMAP_MAX, 0)
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+            mallopt(M_TOP_PAD, 2**26)
 
 
 def join_process_group(gpu):
@@ -171,17 +176,20 @@ class Signals:
         set_handlers(dict.fromkeys(self.numbers, self.note))
 
     def note(self, number, frame):
-        # Twice SIGTERM, from scheduler and torchrun, is one; with a Ctrl-C among the two somebody means: at once.
+        # Two SIGTERMs, of a scheduler and of torchrun, count as one. If one of two is a Ctrl-C, a person wants an end.
         if self.asked and signal.SIGINT in (number, self.asked):
             raise KeyboardInterrupt("ended at once by a second signal")
         self.asked = number
-        self.bar.disable = True
-        # The `tee` of `| tee log` ends by the same Ctrl-C: then nobody reads the message.
+        self.bar.disable = True  # it would draw over the message
+        # Nobody may be there to read: the same Ctrl-C ends the `tee` of `| tee log`.
         with contextlib.suppress(OSError):
             os.write(2, b"\nends as soon as all is saved (Ctrl-C: at once)\n")
 
     def let_it_finish(self):
-        """After the last update a SIGTERM lets evaluation and export go on; Ctrl-C ends them at once."""
+        """After the last update a SIGTERM lets evaluation and export go on; Ctrl-C ends them at once.
+
+        As if a SIGTERM had come already: another is the same one, and a Ctrl-C is the second signal.
+        """
         self.asked = signal.SIGTERM
 
 
@@ -193,7 +201,7 @@ def set_handlers(handlers):
 
 def stage(main):
     """Decorate a script's main(cfg, ...): trouble with the disk, the memory or a checkpoint becomes a UserError, one
-    line that says what to do; a run that ends well leaves no process group behind.
+    line that says what to do; a run that ends well leaves no process group.
     """
 
     @functools.wraps(main)
@@ -202,8 +210,9 @@ def stage(main):
         try:
             with contextlib.suppress(Done):
                 main(cfg, *args, **kwargs)
-            dist.barrier()  # a process that tears down early can abort the others
-            dist.destroy_process_group()
+            if dist.is_initialized():  # not by a stage inside this one
+                dist.barrier()  # a process that tears down early can abort the others
+                dist.destroy_process_group()
         except (OSError, MemoryError, RuntimeError, CheckpointException) as error:
             raise_in_one_line(error, cfg)
             raise
@@ -216,15 +225,16 @@ def stage(main):
 def raise_in_one_line(error, cfg):
     """Raise a UserError for an error that the user can mend; return for any other."""
     cause = error
+    failed_to_save = False
     if isinstance(error, CheckpointException):
         # It has failures: rank -> (its error, a traceback).
         cause, _ = next(iter(error.failures.values()))
+        failed_to_save = isinstance(cause, Exception)
     reason = str(cause).split("\n")[0]
     if isinstance(cause, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason:
         names = [name for name in vars(cfg) if "micro_batch_size" in name]
         sizes = " or ".join(f"{name} ({getattr(cfg, name)})" for name in names)
         raise UserError(f"out of memory: {reason}; lower {sizes}, or see activation_checkpointing") from None
-    failed_to_save = cause is not error and isinstance(cause, Exception)
     if failed_to_save or getattr(cause, "errno", None):
         mend = "mend that and run the same command again"
         raise UserError(f"out_dir {cfg.out_dir}: {reason}; {mend}") from None

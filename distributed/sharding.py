@@ -39,7 +39,7 @@ def load_model(cfg, world, n_vocab, cls, source, trainable=False, scratch=False,
     shard(model, world, torch.float32 if trainable else world.dtype, offload)
     model.to_empty(device="cpu" if offload else world.device)
     model.gpt_neox.checkpointing = trainable and cfg.activation_checkpointing
-    model.logits_chunk = getattr(cfg, "logits_chunk", 0)  # of frozen ones too: they must round alike
+    model.logits_chunk = getattr(cfg, "logits_chunk", 0)  # of frozen ones too: the reference rounds as the policy does
     if scratch:
         init_weights(model, cfg.seed)
     else:
@@ -67,12 +67,13 @@ def shard(model, world, master_dtype, offload=False):
         fsdp.fully_shard(model.get_submodule(name).float(), mp_policy=float32, **options)
     for module in [*model.gpt_neox.layers, model]:
         fsdp.fully_shard(module, mp_policy=mixed, **options)
+    # FSDP gathers parameters for `forward`, and for what else it is told of.
     if hasattr(model, "logprobs"):
         fsdp.register_fsdp_forward_method(model, "logprobs")
 
 
 def keep_whole(models, yes):
-    """Whether the next passes leave parameters and gradients of sharded models whole on each process."""
+    """Set whether the next passes leave parameters of sharded models whole on each process, and gradients unreduced."""
     for model in models:
         if isinstance(model, fsdp.FSDPModule):
             model.set_requires_gradient_sync(not yes)

@@ -22,15 +22,14 @@ def evaluate(cfg, world, tokenizer, source):
     load = functools.partial(load_model, cfg, world, tokenizer.n_vocab)
     model = load(GPTNeoX, source)
     rows = load_split(cfg, world, tokenizer, cfg.data, cfg.split, n_responses=1)
-    rows = rows[:]
-    queries = rows["query"]
+    queries = list(rows["query"])
     references = [responses[0] for responses in rows["responses"]]
     responses = sample(cfg, world, tokenizer, model, queries * cfg.best_of)
     if cfg.reward_model:
         reward = scores.by_models(cfg, world, tokenizer, cfg.reward_model)
-    if cfg.best_of > 1:
+    if cfg.best_of > 1:  # sample.py has seen to a reward model
         rewards = measure(cfg, world, reward, queries * cfg.best_of, responses)
-        responses = best_of(cfg.best_of, rewards, responses, tokenizer.eos_id)
+        responses = pick_best(cfg.best_of, rewards, responses, tokenizer.eos_id)
 
     frame = pandas.DataFrame()
     frame["query"] = list(map(tokenizer.decode, queries))
@@ -75,8 +74,8 @@ def sample(cfg, world, tokenizer, model, queries, *key):
     shape = (len(queries), cfg.response_length)
     draws = uniforms(shape, cfg.seed, *key)
     eos_id = tokenizer.eos_id
-    options = (eos_id, tokenizer.n_vocab, cfg.micro_batch_size)
-    tokens, _ = generate_rows(cfg, world, model, queries, draws, *options)
+    n_rows = cfg.micro_batch_size
+    tokens, _ = generate_rows(cfg, world, model, queries, draws, eos_id, tokenizer.n_vocab, n_rows)
     responses = []
     for ids in tokens.tolist():
         if eos_id in ids:
@@ -97,7 +96,7 @@ def measure(cfg, world, function, queries, responses):
 
 
 def ratio_function(cfg, world, tokenizer, model, reference):
-    """A function of queries and responses (lists of ids) -> log p - log p_reference of each token (B, R), 0 behind a
+    """A function of queries and responses (lists of ids) -> log p - log p_reference of each token (B, R), 0 after a
     response. A row's sum estimates the KL, in nats.
 
     Greedy responses (temperature 0) are no samples: theirs is the log-ratio at temperature 1.
@@ -106,19 +105,23 @@ def ratio_function(cfg, world, tokenizer, model, reference):
     def ratios(queries, responses):
         ids, select, targets, mask = collate(queries, responses, world.device)
         temperature = cfg.temperature or 1.0
-        options = (temperature, tokenizer.n_vocab)
-        logprobs = model.logprobs(ids, select, targets, *options)
-        ref_logprobs = reference.logprobs(ids, select, targets, *options)
+        options = {"temperature": temperature, "n_vocab": tokenizer.n_vocab}
+        logprobs = model.logprobs(ids, select, targets, **options)
+        ref_logprobs = reference.logprobs(ids, select, targets, **options)
         return (logprobs - ref_logprobs) * mask
 
     return ratios
 
 
-def best_of(n, rewards, responses, eos_id):
-    """Of n rounds of responses to the same queries, the best to each by reward; none without EOS is (detail 13)."""
+def pick_best(n, rewards, responses, eos_id):
+    """Of n rounds of responses to the same queries, the best to each by reward.
+
+    A response without EOS is taken only where all are so: its reward means nothing (detail 13).
+    """
     ends = [ids[-1] == eos_id for ids in responses]
-    rounds = np.where(ends, rewards, -np.inf).reshape(n, -1)
+    rounds = np.where(ends, rewards, -np.inf).reshape(n, -1)  # (n, queries)
     n_queries = rounds.shape[1]
+    # A round's responses stand together: its q-th is at round * n_queries + q.
     best = rounds.argmax(0) * n_queries + np.arange(n_queries)
     return pick(responses, best)
 
@@ -127,7 +130,8 @@ def compare(tokenizer, ratios, query, response):
     """The response's text for a terminal: tokens that the model finds likelier than the reference does on green."""
     numbers = ratios([query], [response])[0]
     text = coloured(tokenizer, response, numbers.tolist())
-    return f"{text} {numbers.sum():+.2f} nats"
+    total = numbers.sum()
+    return f"{text} {total:+.2f} nats"
 
 
 def complete(cfg, world, tokenizer):

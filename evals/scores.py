@@ -31,15 +31,20 @@ def by_models(cfg, world, tokenizer, sources):
 def by_function(cfg, world, tokenizer, function):
     """function(texts, texts) -> floats, or with a third argument, which gets the data's rows as dicts."""
     parameters = inspect.signature(function).parameters
-    needed = [parameter for parameter in parameters.values() if parameter.default is parameter.empty]
+    needed = [name for name, kind in parameters.items() if kind.default is kind.empty]
+    # f(queries, responses, rows) or f(queries, responses, rows=None); not f(queries, responses, scale=1.0)
     takes_rows = "rows" in parameters or len(needed) > 2
     if takes_rows:
-        rows = read_split(cfg.data, cfg.train_split)
+        rows = read_split(cfg.data, cfg.train_split)  # in the order of the rows that load_rows makes of them
 
     def score(queries, responses, indices):
-        texts = (list(map(tokenizer.decode, queries)), list(map(tokenizer.decode, responses)))
-        of_rows = [pick(rows, indices.tolist())] if takes_rows else []
-        scores = list(map(float, function(*texts, *of_rows)))
+        queries = list(map(tokenizer.decode, queries))
+        texts = list(map(tokenizer.decode, responses))
+        if takes_rows:
+            found = function(queries, texts, pick(rows, indices.tolist()))
+        else:
+            found = function(queries, texts)
+        scores = list(map(float, found))
         counts = f"{len(scores)} for {len(responses)} texts"
         require(len(scores) == len(responses), f"score gave {counts}; return one each")
         return torch.tensor(scores, device=world.device)

@@ -36,7 +36,7 @@ def accuracy_table(rows, margins):
     frame["policies"] = rows["policies"]
     bins = np.floor(2 * sizes) / 2
     frame["margin"] = [f"{low} to {low + 0.5}" for low in bins]
-    frame.insert(0, "", "all")
+    frame.insert(0, "", "all")  # a group of all rows, first and under no title
     titles = list(frame.columns)
 
     frame["accuracy"] = margins > 0

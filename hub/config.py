@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from configurator import Count, UserError, check, explain, require
 from hub.files import read_json
 
-# what config.json may say of what is not a choice here
+# What this code has fixed: where config.json speaks of it, it must agree.
 FIXED = dict(model_type="gpt_neox", hidden_act="gelu", attention_bias=True, tie_word_embeddings=False)
 
 

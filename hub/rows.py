@@ -15,7 +15,7 @@ from pathlib import Path
 
 from configurator import UserError, explain, require
 
-ANSWER = "\n\nAssistant:"  # what a response to a chat stands behind
+ANSWER = "\n\nAssistant:"  # the text after which a response to a chat comes
 
 
 def read_split(source, split):
@@ -82,15 +82,17 @@ def schema_of(row):
 
 
 def split_prompt(prompt, responses):
-    """Texts or chats -> the prompt's text, and the responses' texts behind it.
+    """Texts or chats -> the prompt's text, and the responses' texts that follow it.
 
     Without a prompt, and where a response is a chat that repeats it, the prompt is what all share up to the last
     answer.
     """
     texts = list(map(chat_text, responses))
     chats = [response for response in responses if isinstance(response, list)]
-    if prompt is None or max(map(len, chats), default=0) > 1:
+    repeats_prompt = max(map(len, chats), default=0) > 1  # a chat of several turns
+    if prompt is None or repeats_prompt:
         shared = os.path.commonprefix(texts)
+        # Cut before a word, for its token takes in the space; or, better, where the last answer begins.
         end = max(shared.rfind(" "), 0)
         if ANSWER in shared:
             end = shared.rfind(ANSWER) + len(ANSWER)

@@ -32,7 +32,8 @@ class Tokenizer:
 
     eos_id:  the id of <|endoftext|>.
     n_vocab: ids 0 .. n_vocab - 1 are the tokenizer's. A model's vocabulary is padded to a rounder number.
-    pad_id:  n_vocab, an id of its own: with EOS as padding a model never learns to stop (detail 3).
+    pad_id:  n_vocab, an id of its own, for those who need one: with EOS as padding a model never learns to stop (detail
+             3). Rows here are padded with 0, and masks leave that out.
     """
 
     def __init__(self, path):
@@ -52,6 +53,7 @@ class Tokenizer:
             for token, id in spec["model"]["vocab"].items():
                 if token not in self.special:
                     self.bytes[id] = bytes(map(symbols.__getitem__, token))
+            # tiktoken merges the pair of lowest rank first: the ids are in the order of the merges.
             ranks = {token: id for id, token in self.bytes.items()}
             self.words = tiktoken.Encoding(path, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
 
@@ -105,13 +107,14 @@ def refuse_unsupported(spec):
     require(len(set(ids)) == len(ids), "two tokens have the same id")
     for token in spec["added_tokens"]:
         ids.append(token["id"])
+        # Among `symbols` is what a single byte is written as.
         if token["single_word"] or token["lstrip"] or token["rstrip"] or token["content"] in symbols:
             raise UserError(f"the added token {token['content']!r} takes in what stands beside it")
     for id in ids:
         if type(id) is not int or not 0 <= id < 2**31:
             raise UserError(f"the id {id!r} is no number from 0")
 
-    # A merge is written "a b", or ["a", "b"].
+    # A merge is written "a b", or ["a", "b"]. Ids serve as ranks, so they must rise with the merges.
     merged = ["".join(merge).replace(" ", "") for merge in spec["model"]["merges"]]
     order = [vocab[token] for token in merged]
     require(order == sorted(order), "the merges are in another order than the ids")

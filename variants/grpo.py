@@ -27,6 +27,7 @@ def advantages(cfg, batch, state):
     scaled = centred / (groups.std(1, keepdim=True) + 1e-4)
     mask = batch["mask"]
     weights = mask / mask.sum(1, keepdim=True)
+    # state["kl_coef"] is of penalties in the reward: here there is none.
     return {**batch, "advantages": scaled.view(-1, 1) * mask, "weights": weights}
 
 

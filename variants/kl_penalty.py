@@ -25,7 +25,7 @@ class Config(ppo.Config):
 def advantages(cfg, batch, state):
     batch = ppo.advantages(cfg, batch, state)
     state["beta"] = adapt(state.get("beta", cfg.beta), state.get("update_kl", cfg.kl_step), cfg.kl_step)
-    batch["beta"] = torch.full_like(batch["scores"], state["beta"])
+    batch["beta"] = torch.full_like(batch["scores"], state["beta"])  # a column, for token_loss sees a batch alone
     return batch
 
 

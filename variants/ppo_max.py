@@ -17,7 +17,7 @@ import ppo
 from configurator import configure
 from data import batch_indices, collate
 from hub.tokenizer import Tokenizer
-from runtime import World, backward, load_split
+from runtime import World, backward, load_split, stage
 
 
 @dataclass
@@ -66,11 +66,14 @@ class PretrainingMix:
     """Before each step: the gradient of ptx_coef * mean -log p per token, of as many rows as the minibatch has."""
 
     def __init__(self, cfg):
-        longest = cfg.max_length and cfg.max_length + cfg.response_length
-        options = dict(n_responses=1, max_length=longest)
+        longest = 0  # any
+        if cfg.max_length:
+            longest = cfg.max_length + cfg.response_length
+        world = World(cfg)  # ppo.main joins the same processes; rows that do not fit are refused before it begins
         tokenizer = Tokenizer.load(cfg.model)
         source = cfg.ptx_data or cfg.data
-        self.rows = load_split(cfg, World(cfg), tokenizer, source, cfg.train_split, **options)
+        options = dict(n_responses=1, max_length=longest)
+        self.rows = load_split(cfg, world, tokenizer, source, cfg.train_split, **options)
         self.step = -1
 
     def __call__(self, run, cfg, metrics):
@@ -79,7 +82,9 @@ class PretrainingMix:
             self.step = run.step
             self.batch = self.rows.select(batch_indices(len(self.rows), cfg.batch_size, run.step, cfg.seed + 1))
             self.minibatches = ppo.minibatch_indices(cfg, run.step)
+        # ppo.py calls this once for each minibatch, in this order.
         metrics["loss/ptx_avg"] = accumulate(run, cfg, self.batch.select(next(self.minibatches)))
+        return False  # the policy goes on
 
 
 def accumulate(run, cfg, rows):
@@ -96,6 +101,7 @@ def accumulate(run, cfg, rows):
     return run.world.sum_scalars(parts)["loss"]
 
 
+@stage
 def main(cfg, score=None):
     before_step = PretrainingMix(cfg) if cfg.ptx_coef else None
     ppo.main(cfg, score, advantages=advantages, before_step=before_step)

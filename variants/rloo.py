@@ -29,7 +29,8 @@ def advantages(cfg, batch, state):
 
 
 def token_loss(cfg, new_logprobs, micro):
-    new_logprob = (new_logprobs * micro["mask"]).sum(1, keepdim=True)  # (B, 1), of the answer
+    # (B, 1), of the whole answer: each of its tokens then carries the same loss.
+    new_logprob = (new_logprobs * micro["mask"]).sum(1, keepdim=True)
     logprob = (micro["logprobs"] * micro["mask"]).sum(1, keepdim=True)
     return ppo.policy_loss(new_logprob, logprob, micro["advantages"], cfg.cliprange)
 
