@@ -211,11 +211,12 @@ class GPTNeoX(Pretrained):
     def forward(self, ids, select=None, cache=None):
         return self.embed_out(self.gpt_neox(ids, select, cache))
 
-    def logprobs(self, ids, select, targets, **options):
-        """`token_logprobs` (B, R) of `targets` (B, R) at the positions `select` (B, R), with its options by name."""
+    def logprobs(self, ids, select, targets, temperature=1.0, n_vocab=None, with_entropy=False, at_a_time=None):
+        """`token_logprobs` (B, R) of `targets` (B, R) at the positions `select` (B, R)."""
 
         def head(h, targets):
-            return fast.token_logprobs(self.embed_out(h), targets, **options)
+            logits = self.embed_out(h)
+            return fast.token_logprobs(logits, targets, temperature, n_vocab, with_entropy, at_a_time)
 
         h = self.gpt_neox(ids, select)
         if not self.logits_chunk:

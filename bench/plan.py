@@ -197,7 +197,7 @@ class Plan:
         self.size = dtype.itemsize
         self.shards = cfg.shard_size or processes
         self.device = "cpu" if cfg.device == "cpu" else "cuda"
-        self.at_a_time = fast.AT_A_TIME.get(self.device)  # None: as on a GPU
+        self.at_a_time = fast.CHUNK[self.device]
         self.shape = shape_of(cfg.model)
         self.n_vocab = n_vocab or self.shape.vocab_size
         # One process in float32: nothing is gathered, nor reduced.

@@ -19,7 +19,7 @@ import sft
 from configurator import UserError, configure
 from data import Tokenizer, batch_indices, load_rows
 from model import ScalarModel
-from variants import dpo_losses, ppo_max
+from variants import dpo_losses, ppo_max, ptx
 
 FORWARD = 1e-4  # as in test_stages: float32 forward passes of this size agree to about 1e-5 nats per token
 
@@ -232,8 +232,8 @@ def test_entropy_coef_raises_the_entropy(ppo_run):
 def test_ptx_adds_the_sft_loss(pipeline, ppo_run):
     """The first step's loss is transformers' cross-entropy of the mixed-in rows; later the SFT loss is lower."""
     options = dict(eval_split="", samples_every=0, n_epochs=1)
-    mixed = pipeline.config(ppo_max, "option_ptx", ptx_coef=10.0, **options)
-    ppo_max.main(mixed)
+    mixed = pipeline.config(ptx, "option_ptx", ptx_coef=10.0, **options)
+    ptx.main(mixed)
     rows = metrics(mixed)
     data = load_rows(f"{pipeline.data}/sft_{{split}}.jsonl", "train", Tokenizer.load(str(pipeline.sft)), 1)
     model = GPTNeoXForCausalLM.from_pretrained(pipeline.sft)

@@ -24,7 +24,7 @@ import sft
 from configurator import UserError
 from data import Tokenizer, batch_indices, last_scalars, load_rows
 from evals.colour import coloured
-from evals.samples import best_of
+from evals.samples import pick_best
 from evals.tables import rouge
 from model import Block, GPTNeoX, ScalarModel
 
@@ -419,7 +419,7 @@ def test_sampled_kl_matches_hub_models(pipeline, ppo_run):
 def test_best_of_n_keeps_the_best_response_that_ends(pipeline):
     draws = [[5, 0], [6], [7, 0], [8, 0], [9, 0], [3]]  # two rounds of three queries
     scores = [1.0, 9.0, 4.0, 2.0, 3.0, 5.0]  # 9 and 5 are scores of responses without EOS
-    assert best_of(2, scores, draws, 0) == [[8, 0], [9, 0], [7, 0]]
+    assert pick_best(2, scores, draws, 0) == [[8, 0], [9, 0], [7, 0]]
 
     one, _ = samples_of(pipeline.config(sample, "best_of_1", temperature=1.0))
     four, summary = samples_of(pipeline.config(sample, "best_of_4", temperature=1.0, best_of=4))

@@ -199,9 +199,9 @@ def test_comments_and_blank_lines_part_the_steps():
 
 def test_the_house_stays_small():
     assert sum(read_page(path).lines for path in TOP_LEVEL) <= 1500
-    assert sum(read_page(path).lines for path in CORE) <= 2450
+    assert sum(read_page(path).lines for path in CORE) <= 2500
     for path in VARIANTS:
-        assert read_page(path).lines <= 70, f"{relative(path)}: a variant is only its difference"
+        assert read_page(path).lines <= 60, f"{relative(path)}: a variant is only its difference"
 
 
 def test_nobody_imports_upward():

@@ -15,7 +15,7 @@ import ppo
 from configurator import UserError
 from data import batch_indices
 from hub.files import read_jsonl
-from variants import dpo_losses, grpo, kl_penalty, ppo_max, rloo, truly_ppo
+from variants import dpo_losses, grpo, kl_penalty, ppo_max, ptx, rloo, truly_ppo
 
 # Sums of a few float32 numbers of size 1: 20 operations of 6e-8 each.
 EXACT = 2e-6
@@ -280,6 +280,7 @@ RUNS = {
     "rloo": (rloo, GROUPS),
     "truly_ppo": (truly_ppo, {}),
     "kl_penalty": (kl_penalty, {}),
+    "ptx": (ptx, dict(ptx_coef=0.1)),
     "ppo_max": (ppo_max, dict(reward_norm="normalize", reward_clip=0.8, ptx_coef=0.1)),
 }
 

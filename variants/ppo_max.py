@@ -1,4 +1,4 @@
-"""PPO-max (arXiv:2307.04964) and PPO-ptx (arXiv:2203.02155): scores normalised and clipped, an SFT loss mixed in.
+"""PPO-max (arXiv:2307.04964): scores normalised and clipped, advantages clipped, and PPO-ptx (variants/ptx.py).
 
     python -m variants.ppo_max config/toy_ppo.py --reward_norm=normalize --reward_clip=0.8 --out_dir=out/toy/ppo_max
     torchrun --nproc_per_node=8 -m variants.ppo_max config/ppo_1b.py config/ppo_max.py --out_dir=out/ppo_max_1b
@@ -15,18 +15,15 @@ from typing import Literal
 
 import ppo
 from configurator import configure
-from data import batch_indices, collate
-from hub.tokenizer import Tokenizer
-from runtime import World, backward, load_split, stage
+from runtime import stage
+from variants import ptx
 
 
 @dataclass
-class Config(ppo.Config):
+class Config(ptx.Config):
     reward_norm: Literal["none", "scale", "normalize"] = "none"  # scores / std of all so far; minus their mean too
     reward_clip: float = 0.0  # then keep scores within -+ this; 0: any
     advantage_clip: float = 0.0  # keep whitened advantages within -+ this; 0: any
-    ptx_coef: float = 0.0  # weight of an SFT loss on as many rows
-    ptx_data: str = ""  # its rows, longer than queries by response_length at most: as data; empty: data
 
 
 def advantages(cfg, batch, state):
@@ -62,48 +59,9 @@ def normalize_scores(scores, moments, how):
     return (x / std).float(), (n, mean, squares)
 
 
-class PretrainingMix:
-    """Before each step: the gradient of ptx_coef * mean -log p per token, of as many rows as the minibatch has."""
-
-    def __init__(self, cfg):
-        longest = 0  # any
-        if cfg.max_length:
-            longest = cfg.max_length + cfg.response_length
-        world = World(cfg)  # ppo.main joins the same processes; rows that do not fit are refused before it begins
-        tokenizer = Tokenizer.load(cfg.model)
-        source = cfg.ptx_data or cfg.data
-        options = dict(n_responses=1, max_length=longest)
-        self.rows = load_split(cfg, world, tokenizer, source, cfg.train_split, **options)
-        self.step = -1
-
-    def __call__(self, run, cfg, metrics):
-        if self.step != run.step:
-            # A new update: as many rows as the batch has, in the order of its minibatches.
-            self.step = run.step
-            self.batch = self.rows.select(batch_indices(len(self.rows), cfg.batch_size, run.step, cfg.seed + 1))
-            self.minibatches = ppo.minibatch_indices(cfg, run.step)
-        # ppo.py calls this once for each minibatch, in this order.
-        metrics["loss/ptx_avg"] = accumulate(run, cfg, self.batch.select(next(self.minibatches)))
-        return False  # the policy goes on
-
-
-def accumulate(run, cfg, rows):
-    """(PPO-ptx: arXiv:2203.02155 eq. 2)"""
-    n_tokens = sum(len(responses[0]) for responses in rows["responses"])
-    parts = []
-    for indices in run.micro_batches(rows["length"]):
-        micro = rows[indices]
-        responses = [responses[0] for responses in micro["responses"]]
-        ids, select, targets, mask = collate(micro["query"], responses, run.world.device)
-        loss = -(run.models["policy"].logprobs(ids, select, targets) * mask).sum() / n_tokens
-        backward(run, cfg.ptx_coef * loss)
-        parts.append({"loss": loss})
-    return run.world.sum_scalars(parts)["loss"]
-
-
 @stage
 def main(cfg, score=None):
-    before_step = PretrainingMix(cfg) if cfg.ptx_coef else None
+    before_step = ptx.PretrainingMix(cfg) if cfg.ptx_coef else None
     ppo.main(cfg, score, advantages=advantages, before_step=before_step)
 
 

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 -m variants.rloo config/ppo_1b.py --out_dir=out/rloo_1b
 
 A whole answer is one action: its reward is the score minus kl_coef times its KL, its probability the product of its
-tokens', and PPO's clip bounds the ratio of that.
+tokens', and PPO's clip bounds the ratio of that. Each of its tokens carries the answer's loss.
 """
 
 from dataclasses import dataclass
@@ -29,8 +29,7 @@ def advantages(cfg, batch, state):
 
 
 def token_loss(cfg, new_logprobs, micro):
-    # (B, 1), of the whole answer: each of its tokens then carries the same loss.
-    new_logprob = (new_logprobs * micro["mask"]).sum(1, keepdim=True)
+    new_logprob = (new_logprobs * micro["mask"]).sum(1, keepdim=True)  # (B, 1): of the whole answer
     logprob = (micro["logprobs"] * micro["mask"]).sum(1, keepdim=True)
     return ppo.policy_loss(new_logprob, logprob, micro["advantages"], cfg.cliprange)
 
