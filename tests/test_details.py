@@ -1205,8 +1205,8 @@ def scripted_rollout(cfg, responses, scores, logprobs, ref_logprobs, values):
 def test_detail_20_2_reference_step_by_hand():
     """Detail 20: KL per token, the score one step behind EOS, GAE with gamma 1 and lambda 0.95, whitening.
 
-    fails if: ppo.py:shape_rewards pays the score at EOS, or adds the KL; ppo.py:gae takes lambda 1; ppo.py:advantages
-    zeroes values from the column behind EOS on (mask for mask_p1), or takes returns from whitened advantages.
+    fails if: ppo.py:shape_rewards pays the score at EOS, or adds the KL; ppo.py:gae takes lambda 1; ppo.py:rollout
+    zeroes values from the column behind EOS on (mask for mask_p1); ppo.py:advantages takes returns from whitened ones.
     """
     out = worked_example([5, 5, 5, EOS, 7, 7], 1.0)
     close(out["kl"], [[0.2, -0.1, -0.5, 0.1, 0, 0]], PRINTED)
@@ -1450,8 +1450,8 @@ def test_detail_23_1_fixed_number_of_tokens_with_eos_among_them(many, policy, to
 def test_detail_23_2_nothing_counts_behind_eos(run_ppo):
     """Detail 23.2: a response is cut behind its first EOS: what stands there changes no reward and no advantage.
 
-    fails if: ppo.py:advantages uses values, or ppo.py:rollout a KL, without the mask; ppo.py:advantages and
-    ppo.py:whiten both leave it out of what they return; ppo.py:find_eos takes the last EOS.
+    fails if: ppo.py:rollout leaves values or the KL without their mask; ppo.py:advantages and ppo.py:whiten both leave
+    it out of what they return; ppo.py:find_eos takes the last EOS.
     """
     has_eos, last = ppo.find_eos(torch.tensor([[5, EOS, 7, EOS], [5, 6, 7, 8], [EOS] * 4, [5, 6, 7, EOS]]), EOS)
     assert has_eos.tolist() == [True, False, True, True]
@@ -1461,11 +1461,11 @@ def test_detail_23_2_nothing_counts_behind_eos(run_ppo):
     behind = columns > batch["last"][:, None]
     far = columns > batch["last"][:, None] + 1
     assert behind.any()
-    numbers = {name: batch[name] for name in ("responses", "scores", "ref_logprobs", "values")}
-    clean = scripted_rollout(run_ppo.cfg, logprobs=batch["logprobs"], **numbers)
-    dirty = scripted_rollout(run_ppo.cfg, logprobs=batch["logprobs"].masked_fill(behind, -40.0), **numbers)
+    numbers = {name: batch[name] for name in ("responses", "scores", "logprobs", "ref_logprobs", "values")}
+    junk = {"logprobs": batch["logprobs"].masked_fill(behind, -40.0), "values": batch["values"].masked_fill(far, 99.0)}
+    clean = scripted_rollout(run_ppo.cfg, **numbers)
+    dirty = scripted_rollout(run_ppo.cfg, **{**numbers, **junk})
     assert not torch.equal(clean["logprobs"], dirty["logprobs"])
-    dirty["values"] = batch["values"].masked_fill(far, 99.0)
     clean = ppo.advantages(run_ppo.cfg, clean, {})
     dirty = ppo.advantages(run_ppo.cfg, dirty, {})
     for name in ("rewards", "kl", "values", "returns", "advantages"):
