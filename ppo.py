@@ -202,8 +202,6 @@ def rollout(run, cfg, policy, reference, critic, score, queries, row_indices):
     batch["mask"] = index <= last[:, None]
     batch["mask_p1"] = index <= last[:, None] + 1
     batch["kl"] = (batch["logprobs"] - batch["ref_logprobs"]) * batch["mask"]
-    if critic is not None:
-        batch["values"] = batch["values"] * batch["mask_p1"]
     return batch
 
 
@@ -256,15 +254,16 @@ def advantages(cfg, batch, state):
     # 2. Rewards: the penalty at each token, the score at the end.
     rewards = shape_rewards(batch["kl"], batch["scores"], batch["mask_p1"], kl_coef, cfg.whiten_rewards)
 
-    # 3. Advantages, and the returns that the critic learns.
-    estimates = gae(rewards, batch["values"], cfg.gamma, cfg.lam)
-    returns = estimates + batch["values"]
+    # 3. Advantages, and the returns that the critic learns. After the last value that counts nothing is worth anything.
+    values = batch["values"] * batch["mask_p1"]
+    estimates = gae(rewards, values, cfg.gamma, cfg.lam)
+    returns = estimates + values
 
     # 4. Advantages of mean 0 and variance 1 over the whole batch (detail 25).
     mask = batch["mask"]
     if cfg.whiten_advantages:
         estimates = whiten(estimates, mask)
-    new = {"rewards": rewards, "returns": returns}
+    new = {"rewards": rewards, "values": values, "returns": returns}
     return {**batch, **new, "advantages": estimates * mask, "weights": mask}
 
 
