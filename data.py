@@ -58,7 +58,7 @@ def format_query(row, tokenizer, max_tokens=512):
         require(end > 0, f"the query has {rest} tokens without its text, more than {max_tokens}; drop the row")
         newline = text.rfind("\n", 0, end)
         end = newline if newline >= 0 else end - 1
-        # A cut that cannot fit need not be tokenised: until one can, `ids` stay those of a longer one.
+        # A cut that is known to be too long need not be tokenised: `ids` stay those of a longer one, too long as well.
         if end < too_long:
             ids = tokenizer.encode(head + text[:end] + tail)
     return ids
@@ -68,7 +68,7 @@ def first_length_too_long(head, text, tokenizer, max_tokens):
     """A length such that `text` cut there, or after it, has too many tokens.
 
     Where whitespace follows a word, the tokens before it do not depend on what comes after. So the first end of a word
-    with too many tokens before it rules out all longer cuts. Their numbers rise from word to word: bisection finds it.
+    with too many tokens before it rules out all longer cuts. The count rises from word to word: bisection finds it.
     """
 
     def n_tokens(end):
@@ -200,7 +200,7 @@ def uniforms(shape, *key):
 
 
 def pad_right(id_lists):
-    """Lists of ids -> ids (B, T) of the longest one's length; lengths (B,). After the others stands 0: nobody looks."""
+    """Lists of ids -> ids (B, T) of the longest one's length; lengths (B,). What fills up the others is never read."""
     rows = [torch.tensor(ids) for ids in id_lists]
     lengths = torch.tensor([len(ids) for ids in id_lists])
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths

@@ -48,7 +48,7 @@ def token_logprobs(logits, tokens, temperature=1.0, n_vocab=None, with_entropy=F
     them raises an error.
     """
     V = logits.shape[-1]
-    # A tensor that no operation has made is the caller's own and must survive; of a view it is the base that counts.
+    # A leaf, or a view of one, is the caller's own and must not be overwritten.
     owner = logits
     if logits._base is not None:
         owner = logits._base
@@ -75,8 +75,8 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, tokens, temperature, n_vocab, n_rows, with_entropy):
-        logprobs = torch.zeros(len(tokens), device=tokens.device)
-        entropy = torch.zeros_like(logprobs)
+        # One piece of memory: two leave a hole that breaks up the heap, and a CPU's peak grows by a set of logits.
+        logprobs, entropy = torch.zeros(2, len(tokens), device=tokens.device)
         for rows, scores in few_rows(logits, temperature, n_vocab, n_rows):
             log_p = scores.log_softmax(-1)
             chosen = log_p.gather(-1, tokens[rows, None])

@@ -53,10 +53,10 @@ class Attention(nn.Module):
 
         mask = None  # causal
         if cache is not None:
-            # It keeps these, and gives back those of the tokens before, too.
+            # It stores them. A prefill gets the same back, and no mask; decoding gets those of all tokens so far.
             k, v, mask = cache.update(self.layer, k, v)
         if select is not None:
-            # Causal, as seen from these positions. (With a cache this is a prefill, which has no mask of its own.)
+            # Causal, as seen from these positions.
             q = take(q, select[:, None])
             columns = torch.arange(T, device=x.device)
             mask = columns <= select[:, None, :, None]  # (B, 1, R, T)
@@ -127,7 +127,7 @@ class Body(nn.Module):
             length = T
             positions = torch.arange(T, device=ids.device)
         else:
-            length = len(cache.columns)
+            length = len(cache.columns)  # all that it will ever hold, query and response
             positions = cache.positions  # (T,); decoding: (B, 1, 1), for row, head, token
         limit = self.config.max_position_embeddings
         require(length <= limit, f"a sequence of {length} tokens is longer than the model's {limit}; shorten the rows")
@@ -214,7 +214,10 @@ class GPTNeoX(Pretrained):
         return self.embed_out(self.gpt_neox(ids, select, cache))
 
     def logprobs(self, ids, select, targets, temperature=1.0, n_vocab=None, with_entropy=False, at_a_time=None):
-        """`token_logprobs` (B, R) of `targets` (B, R) at the positions `select` (B, R)."""
+        """`token_logprobs` of `targets` (B, R) at the positions `select` (B, R): (B, R).
+
+        with_entropy: (2, B, R), the entropy second. at_a_time: see fast.token_logprobs.
+        """
 
         def head(h, targets):
             logits = self.embed_out(h)
@@ -246,7 +249,7 @@ class ScalarModel(Pretrained):
     """
 
     architecture = "GPTNeoXScalarModel"  # not transformers' sequence classifier, whose head would drop the bias
-    float32_modules = ("score",)  # a reward near 5 would be rounded by 0.03 in bfloat16
+    float32_modules = ("score",)  # a reward near 5 would be rounded to steps of 0.03 in bfloat16
 
     def __init__(self, config):
         super().__init__(config)

@@ -5,9 +5,9 @@
     ppo.main(ppo.Config(...), score=f)                               # a notebook; f(queries, responses) -> floats
 
 Four models: the policy and the critic are trained, the reference (the initial policy) and the reward model are frozen.
-The critic starts from the reward model (detail 22; details are those of arXiv:2403.17031). Every random number depends
-on (seed, step, row) alone. A variant changes one step through a door: a function that it hands to `main`, in place of
-the one here or beside it.
+The critic starts from the reward model (detail 22; details are those of arXiv:2403.17031). Every random number is a
+function of the seed and of where in the run it is drawn. A variant hands functions to `main`, here called doors: they
+replace functions of this file, or are called in addition.
 
 Shapes: B rows, Q query, R response, T = Q + R, V vocabulary. Masks are True where a token counts.
 
@@ -23,19 +23,23 @@ In each row, whose query has Q tokens and whose response ends with EOS at index 
     mask_p1[t]       -          True  True ..  True           True          one more: the value read at EOS
 
 The score is paid at index last + 1, one step after EOS, so that EOS itself is credited through GAE. A response that is
-cut off without EOS is paid at its last token.
+cut off without EOS is paid at its last token; so is one whose EOS is token R - 1, for no index follows.
 
 What travels in a batch, a dict of tensors that are the same on every rank:
 
     key                               shape    written by    read by
     responses                         (B, R)   rollout       response_lists: every pass; write_samples
-    has_eos, last                     (B,)     rollout       response_lists; rollout_metrics
+    has_eos                           (B,)     rollout       rollout_metrics
+    last                              (B,)     rollout       response_lists: where each response ends
     length                            (B,)     rollout       micro-batches, of rows of similar length
-    logprobs, ref_logprobs            (B, R)   rollout       the losses, variants; rollout_metrics
-    values                            (B, R)   rollout       advantages, critic_loss (with a critic)
+    logprobs                          (B, R)   rollout       actor_loss, token_loss; rollout_metrics
+    ref_logprobs                      (B, R)   rollout       rollout_metrics, variants
+    values                            (B, R)   rollout       advantages (which sets them to 0 outside mask_p1),
+                                                             critic_loss (with a critic)
     scores                            (B,)     rollout       advantages; rollout_metrics, write_samples
     kl                                (B, R)   rollout       advantages; rollout_metrics, write_samples
-    mask, mask_p1                     (B, R)   rollout       advantages, actor_loss, critic_loss; rollout_metrics
+    mask                              (B, R)   rollout       advantages, actor_loss; rollout_metrics
+    mask_p1                           (B, R)   rollout       advantages, critic_loss
     entropy, sampled_logprobs         (B, R)   rollout       rollout_metrics
     rewards                           (B, R)   advantages    (nothing: for those who look)
     advantages, weights               (B, R)   advantages    actor_loss: what a token was worth, what it counts
@@ -46,7 +50,7 @@ A variant may add others, (B,) or (B, R): they come back in `micro`.
 differs from the code of arXiv:2403.17031:
 - Log-probabilities are recomputed by the forward pass that trains (the softmax in float32), not taken from generation.
 - Means are over all tokens of a minibatch on all processes, not per micro-batch, and whitening is over all
-  processes: the result depends on neither.
+  processes: the result depends neither on the micro-batch nor on the number of processes.
 - Metrics leave out padding. `val/ratio` is that of the first minibatch, where it must be 1.
 - Nothing after truncate_token counts; arXiv:1909.08593 trains the policy on that as well.
 """
@@ -79,15 +83,15 @@ class Config(TrainConfig):
     # ---- data
     data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # queries: hub id, directory or file with {split}
     eval_split: str = ""  # of no use here: sample.py evaluates
-    max_length: int = 512  # tokens of a query; longer posts have been cut, any other longer one is an error
+    max_length: int = 512  # tokens of a query: posts have been cut to max_query_tokens; a longer query is an error
     # ---- batch
     episodes: Count = 1_000_000  # responses sampled in the whole run
     batch_size: Count = 512  # episodes per update, over all processes
     group_size: Count = 1  # responses to the same query, side by side in a batch
     n_minibatches: Count = 1  # optimizer steps per epoch over a batch
     n_epochs: Count = 4  # passes over each batch
-    micro_batch_size: Count = 16  # rows per forward and backward pass and process
-    rollout_micro_batch_size: Count = 64  # rows per pass without gradients and process
+    micro_batch_size: Count = 16  # rows that a process takes through one pass with gradients
+    rollout_micro_batch_size: Count = 64  # rows that a process takes through one pass without gradients
     # ---- sampling
     response_length: Count = 53  # tokens sampled at most
     temperature: Positive = 0.7  # of sampling, and of all log-probabilities
@@ -117,15 +121,16 @@ class Config(TrainConfig):
     samples_rows: Count = 4  # how many rows each time
 
 
-def train(run, cfg, policy, reference, critic, score, advantages, token_loss, before_step, after_update):
+def train(run, cfg, policy, reference, critic, scorer, advantages, token_loss, before_step, after_update):
     """Every update: sample a batch, work out what each token was worth, and take a few steps on it.
 
-    The last four are doors: see `main`. By default they are the functions of that name below, or nothing.
+    scorer(queries, responses, row_indices), all of a few rows and in ids, gives their scores (B,).
+    The last four are doors, see `main`: by default `advantages`, `clipped_surrogate`, nothing and nothing.
     """
     for step in run.updates():
         row_indices = run.row_indices()
         queries = run.rows[row_indices]["query"]
-        batch = rollout(run, cfg, policy, reference, critic, score, queries, row_indices)
+        batch = rollout(run, cfg, policy, reference, critic, scorer, queries, row_indices)
         batch = advantages(cfg, batch, run.state)
 
         # What the samples say comes first: the update changes the policy that they are of.
@@ -148,18 +153,18 @@ def train(run, cfg, policy, reference, critic, score, advantages, token_loss, be
 # ---------------------------------------------------------------------------- the rollout
 
 
-def rollout(run, cfg, policy, reference, critic, score, queries, row_indices):
+def rollout(run, cfg, policy, reference, critic, scorer, queries, row_indices):
     """Sample a response to each of the batch's queries (B lists of ids), and measure it with every model.
 
-    row_indices (B,): the rows of the data that the queries are of, for the score function.
+    row_indices (B,): the rows of the data that the queries are of, for the scorer.
     Returns the batch: see the table at the top.
     """
     n_vocab = run.tokenizer.n_vocab
     eos_id = run.tokenizer.eos_id
     end_id = cfg.truncate_token or eos_id
 
-    # 1. Sample (detail 23.1): one uniform number decides each token. A row that has drawn `stop` only repeats it,
-    #    but where an early end does not count nothing may stop a row.
+    # 1. Sample (detail 23.1): one uniform number decides each token. A row that has drawn `stop` only repeats it.
+    #    With truncate_after an early EOS is no end, so no row may be stopped.
     draws = uniforms((len(queries), cfg.response_length), cfg.seed, run.step)
     stop = None if cfg.truncate_after else end_id
     rows_per_pass = cfg.rollout_micro_batch_size
@@ -190,7 +195,7 @@ def rollout(run, cfg, policy, reference, critic, score, queries, row_indices):
         if end_id != eos_id:
             # A reward model has learned to be read at EOS: it gets one after any other end.
             ended = [response + [eos_id] for response in ended]
-        columns["scores"] = score(pick(queries, indices), ended, row_indices[indices])
+        columns["scores"] = scorer(pick(queries, indices), ended, row_indices[indices])
         return columns
 
     batch.update(run.world.map_rows(measure, batch["length"].tolist(), rows_per_pass))
@@ -217,7 +222,8 @@ def find_eos(responses, eos_id, after=0):
 def sequence_inputs(run, queries, batch, indices):
     """ids (B, T), select and targets (B, R') of the batch's rows at `indices`, for a pass through a model.
 
-    One token after EOS is kept: the last value that counts is read at EOS, in the column that predicts that token.
+    `collate` selects only columns that predict a token of the response. The last value that counts is read at EOS: for
+    EOS to be such a column, one token after it is kept.
     """
     responses = response_lists(batch, indices, n_after_eos=1)
     ids, select, targets, _ = collate(pick(queries, indices), responses, run.world.device)
@@ -351,16 +357,17 @@ def whiten(x, mask, shift_mean=True):
 def ppo_update(run, cfg, policy, critic, queries, batch, token_loss, before_step=None):
     """n_epochs x n_minibatches optimizer steps on one batch.
 
-    Returns metrics: means over the steps; of val/ratio the first step's, of lr and grad_norm the last step's.
+    Returns metrics: means over the steps; of val/ratio the first step's, of lr, grad_norm and what before_step has
+    added the last step's.
     """
     n_steps = cfg.n_epochs * cfg.n_minibatches
     policy_learns = run.step >= cfg.critic_steps
-    parts = []  # of the means: they add up over micro-batches, steps and ranks
-    added = {}  # to the metrics, by before_step
+    shares = []  # of each micro-batch in the means that are logged: these are their sum over all steps and ranks
+    added = {}  # what before_step has added to the metrics
     for number, indices in enumerate(minibatch_indices(cfg, run.step)):
         micro_stats = accumulate(run, cfg, policy, critic, queries, batch, indices, token_loss, policy_learns)
         for stats in micro_stats:
-            parts.append({name: x / n_steps for name, x in stats.items()})
+            shares.append({name: x / n_steps for name, x in stats.items()})
         if number == 0:
             # Before any step of this update the ratio must be 1, or rollout and update disagree.
             first_ratios = [{"val/ratio": stats["val/ratio_avg"]} for stats in micro_stats]
@@ -371,11 +378,11 @@ def ppo_update(run, cfg, policy, critic, queries, batch, token_loss, before_step
                 # Without gradients the policy stays as it is; the critic takes its steps.
                 policy_learns = False
                 policy.zero_grad()
-            added = {name: x for name, x in numbers.items() if name not in parts[0]}
+            added = {name: x for name, x in numbers.items() if name not in shares[0]}
         last_step = optimizer_step(run)
 
     first_ratio = run.world.sum_scalars(first_ratios)
-    means = run.world.sum_scalars(parts)
+    means = run.world.sum_scalars(shares)
     return {**first_ratio, **means, **added, **last_step}
 
 
@@ -397,12 +404,12 @@ def accumulate(run, cfg, policy, critic, queries, batch, indices, token_loss, po
     n_values = minibatch["mask_p1"].sum()
     options = {"temperature": cfg.temperature, "n_vocab": run.tokenizer.n_vocab}
     micro_stats = []
-    for part in run.micro_batches(minibatch["length"].tolist()):
-        micro_indices = indices[part]
+    for places in run.micro_batches(minibatch["length"].tolist()):  # in the minibatch
+        micro_indices = indices[places]  # in the batch
         ids, select, targets = sequence_inputs(run, queries, batch, micro_indices)
         micro = {}
         for name, x in minibatch.items():
-            micro[name] = x[part] if x.dim() == 1 else x[part, : select.shape[1]]
+            micro[name] = x[places] if x.dim() == 1 else x[places, : select.shape[1]]
 
         # One model at a time: its activations are gone before the next one's come.
         new_entropy = None
@@ -442,6 +449,7 @@ def actor_loss(cfg, token_loss, new_logprobs, micro, total_weight, new_entropy=N
             "policy/approxkl_avg": (0.5 * (new_logprobs - logprobs) ** 2 * weights).sum(),
             "policy/clipfrac_avg": (is_clipped * weights).sum(),
             "val/ratio_avg": (ratio * weights).sum(),
+            # about 1, which is the mean before any step
             "val/ratio_var": ((ratio - 1) ** 2 * weights).sum(),
         }
     if new_entropy is not None:
@@ -476,7 +484,7 @@ def critic_loss(cfg, new_values, micro, n_values):
 
 
 def value_loss(new_values, values, returns, cliprange_value):
-    """Half the squared error, or that of the value clipped to stay near the old one if it is larger: (B, R)."""
+    """Half the larger squared error of two: the value's, and that of the value clipped to stay near the old: (B, R)."""
     change = new_values - values
     clipped = values + change.clamp(-cliprange_value, cliprange_value)
     vf_loss = (new_values - returns) ** 2
@@ -539,8 +547,8 @@ def main(cfg, score=None, advantages=advantages, token_loss=clipped_surrogate, w
     advantages(cfg, batch, state) -> batch          with `advantages`, `weights` and, with a critic, `returns`
     token_loss(cfg, new_logprobs, micro) -> (B, R)  the loss of each token, from a micro-batch of the batch
     before_step(run, cfg, metrics) -> bool          before an optimizer step that trains the policy, with the numbers
-                                                    of this minibatch; True: no more of them in this update. What it
-                                                    adds to `metrics` is logged.
+                                                    of this minibatch; True: neither this step nor a later one of
+                                                    this update trains the policy. What it adds to `metrics` is logged.
     after_update(run, policy, reference)            after each update
     with_critic                                     False: no critic is there, and a batch has no values
     """

@@ -34,7 +34,7 @@ class Config(TrainConfig):
     data: str = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"  # hub id, directory or file with {split}
     # ---- reward
     normalize_data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # its references get mean reward 0
-    normalize_std: bool = False  # and deviation 1, before training and after (arXiv:1909.08593); needs normalize_data
+    normalize_std: bool = False  # also scale them to deviation 1, before training and after (arXiv:1909.08593)
     # ---- loss
     target_clamp: float = 0.5  # keep target probabilities within 0.5 -+ this (arXiv:2212.08073: 0.1); 0.5: as they are
     label_noise: Share = 0.0  # share of labels that are the toss of a coin (arXiv:1706.03741: 0.1)
@@ -50,7 +50,7 @@ def main(cfg):
     model = load_model(cfg, world, tokenizer.n_vocab, ScalarModel, cfg.model, trainable=True, new_head=True)
     run = Run(cfg, world, data, {"model": model})
     for step in run.updates():
-        # Gain and bias are set on the new head as well, before it learns; a resumed run begins later.
+        # Gain and bias are set on the new head as well, before it learns. (A resumed run has no step 0.)
         if step == 0 and references and cfg.normalize_std:
             normalize(run, cfg, model, references)
         metrics = update(run, cfg, model)

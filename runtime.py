@@ -4,7 +4,7 @@ What stages use of distributed/ they take from here: `backward`, `optimizer_step
 `load_model` (sharding.py), `open_directory` (checkpoint.py), and the decorator `stage` (processes.py), by which errors
 become one line.
 
-All randomness is a pure function of (seed, step, row), so there is no generator state here to save.
+All randomness is a function of the seed and of where in the run it is drawn: there is no generator state to save.
 """
 
 import math
@@ -36,7 +36,7 @@ class RunConfig:
     seed: int = 44413  # decides the initial weights, the data order and every sampled token
     accept_changes: bool = False  # go on in an out_dir that holds a run with another configuration
     # ---- data
-    max_query_tokens: Count = 512  # longer posts are cut (arXiv:2403.17031 detail 2.2), but articles at 1919 or more
+    max_query_tokens: Count = 512  # posts are cut to this (arXiv:2403.17031 detail 2.2); articles to 1919 at least
     # ---- processes and memory
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; auto: bfloat16 on cuda; the masters are float32
@@ -61,7 +61,7 @@ class TrainConfig(RunConfig):
     # ---- batch
     episodes: int = 0  # rows in the whole run, shuffled anew in each epoch; 0: every row once
     batch_size: Count = 64  # rows per update, over all processes
-    micro_batch_size: Count = 1  # rows per forward and backward pass and process
+    micro_batch_size: Count = 1  # rows that a process takes through one pass with gradients
     # ---- optimizer
     lr: float = 3e-6  # peak learning rate
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # of the learning rate; the first two go to 0
@@ -74,8 +74,8 @@ class TrainConfig(RunConfig):
     max_grad_norm: float = 0.0  # clip the gradient's global norm; 0: do not clip
     on_nonfinite: Literal["stop", "skip"] = "stop"  # what to do when a loss or the gradient is not finite
     # ---- memory
-    train_gather: bool = False  # keep parameters and gradients whole on each process until an update's last micro-batch
-    logits_chunk: int = 0  # positions whose logits are there at a time, computed again in the backward pass; 0: all
+    train_gather: bool = False  # keep parameters and gradients whole on each process until a step's last micro-batch
+    logits_chunk: int = 0  # positions of a row whose logits are in memory together, computed again for backward; 0: all
     activation_checkpointing: bool = False  # compute a block's activations again in the backward pass
     # ---- checkpoints
     save_every: int = 0  # updates between resumable checkpoints; 0: none but that of a run stopped by a signal
@@ -92,7 +92,7 @@ class Data:
 
     tokenizer: Tokenizer
     train: Any  # the rows to train on: a datasets.Dataset with the columns that load_rows gives them
-    held_out: Any  # another; None without an eval_split
+    held_out: Any  # the rows to evaluate on, likewise; None without an eval_split
     n_updates: int
 
 
@@ -162,9 +162,9 @@ class Run:
         self.step = 0  # `updates` goes on from the last checkpoint
 
     def updates(self):
-        """Resume, and yield the updates still to do, under a progress bar; save after each save_every and the last.
+        """Resume, and yield the updates still to do, under a progress bar; with save_every, save the run now and then.
 
-        SIGTERM or SIGINT (Ctrl-C) ends the run after the update, with a checkpoint; a second Ctrl-C ends it at once.
+        SIGTERM or SIGINT (Ctrl-C) ends the run after the update, with a checkpoint; after that, Ctrl-C ends it at once.
         """
         resume(self)
         self.bar.initial = self.step
@@ -194,8 +194,8 @@ class Run:
     def row_indices(self):
         """The rows of the data (batch_size,) that this step is about; PPO's group_size repeats each, side by side."""
         group_size = getattr(self.cfg, "group_size", 1)
-        n_rows = self.cfg.batch_size // group_size
-        indices = batch_indices(len(self.rows), n_rows, self.step, self.cfg.seed)
+        n_different = self.cfg.batch_size // group_size
+        indices = batch_indices(len(self.rows), n_different, self.step, self.cfg.seed)
         return np.repeat(indices, group_size)
 
     def micro_batches(self, lengths):

@@ -7,10 +7,10 @@
     python sample.py --judge=out/rm_1b/final --samples=out/samples/samples.jsonl           (see evals/winrate.py)
 
 Over a split it prints one table per model; of the one with the best score it writes out_dir/samples.jsonl (query,
-response, reference, tokens, reference_tokens, length_ratio, eos; with reward_model score and reference_score; with
-reference kl) and out_dir/summary.json (their means, and ROUGE), beside out_dir/config.json. The tokens drawn depend on
-`seed` alone. With best_of, kl is the log-ratio of the responses that were kept; the KL of best-of-n as a policy is at
-most kl_bound.
+response, reference, tokens, reference_tokens, length_ratio, eos; score and reference_score if there is a reward_model,
+kl if there is a --reference) and out_dir/summary.json (their means, and ROUGE), beside out_dir/config.json. The tokens
+drawn depend on `seed` alone. With best_of, kl is the log-ratio of the responses that were kept; the KL of best-of-n as
+a policy is at most kl_bound.
 
 differs: the reference takes ROUGE per evaluation batch, from the middle of bootstrap resamples; here it is the mean
 over all rows, which is what those estimate.

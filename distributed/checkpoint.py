@@ -148,7 +148,7 @@ def resume(run):
 
 
 def take_lock(run):
-    """Hold out_dir/lock until this process ends, which may be after its torchrun has."""
+    """Hold out_dir/lock until this process ends: it may outlive its torchrun."""
     try:
         fcntl.lockf(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

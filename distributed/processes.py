@@ -164,7 +164,7 @@ class Done(Exception):
 
 
 class Signals:
-    """SIGTERM or SIGINT (Ctrl-C) asks the run to end after the update; a second Ctrl-C ends it at once."""
+    """SIGTERM or SIGINT (Ctrl-C) asks the run to end after the update; after either, Ctrl-C ends it at once."""
 
     numbers = (signal.SIGTERM, signal.SIGINT)
 

@@ -1,7 +1,7 @@
 """Models over processes: FSDP2, and weights that each rank reads for itself.
 
 Memory is saved by sharding, and time by keeping parameters whole where they fit: while responses are sampled, or until
-an update's last micro-batch. One process that computes in float32 has nothing to share or to cast: there models are
+a step's last micro-batch. One process that computes in float32 has nothing to share or to cast: there models are
 plain modules.
 """
 

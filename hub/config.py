@@ -42,11 +42,12 @@ class GPTNeoXConfig:
     def from_directory(cls, directory):
         """Read `directory`/config.json; keys that do not shape the computation are ignored."""
         stored = read_config(directory)
+        where = os.path.join(directory, "config.json")
         values = {}
-        with explain(os.path.join(directory, "config.json"), UserError):
-            for field in fields(cls):
-                if stored.get(field.name) is not None:
-                    values[field.name] = check(field, stored[field.name])
+        for field in fields(cls):
+            if stored.get(field.name) is not None:
+                values[field.name] = check(field, stored[field.name], where)
+        with explain(where, UserError):
             return cls(**values)
 
 

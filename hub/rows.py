@@ -84,8 +84,8 @@ def schema_of(row):
 def split_prompt(prompt, responses):
     """Texts or chats -> the prompt's text, and the responses' texts that follow it.
 
-    Without a prompt, and where a response is a chat that repeats it, the prompt is what all share up to the last
-    answer.
+    Without a prompt, and where a response is a chat that repeats it, the prompt is what all share: up to the last
+    answer of a chat, or up to a space.
     """
     texts = list(map(chat_text, responses))
     chats = [response for response in responses if isinstance(response, list)]
