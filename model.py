@@ -53,10 +53,10 @@ class Attention(nn.Module):
 
         mask = None  # causal
         if cache is not None:
-            # It stores them. A prefill gets the same back, and no mask; decoding gets those of all tokens so far.
+            # The cache stores k and v. A prefill gets these back and no mask; decoding gets all columns, and a mask.
             k, v, mask = cache.update(self.layer, k, v)
         if select is not None:
-            # Causal, as seen from these positions.
+            # Causal, as seen from these positions. (Never while decoding: here k has the T columns of x.)
             q = take(q, select[:, None])
             columns = torch.arange(T, device=x.device)
             mask = columns <= select[:, None, :, None]  # (B, 1, R, T)
@@ -244,8 +244,8 @@ class ScalarHead(nn.Linear):
 class ScalarModel(Pretrained):
     """A reward model or a critic: forward(ids (B, T), select=None (B, R)) -> scalars (B, R or T).
 
-    The head reads the hidden state after the final LayerNorm (arXiv:2403.17031 details 11 and 12). Its bias
-    also carries the reward normalisation, so that nothing lives outside the tensors.
+    The head reads the hidden state after the final LayerNorm (arXiv:2403.17031 details 11 and 12). The
+    reward normalisation is folded into its bias (and weight, if a deviation is set): nothing is stored beside them.
     """
 
     architecture = "GPTNeoXScalarModel"  # not transformers' sequence classifier, whose head would drop the bias

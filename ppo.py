@@ -79,7 +79,7 @@ class Config(TrainConfig):
     model: str = "out/sft_1b/final"  # the SFT model, where the policy starts: hub id or directory
     reference: str = ""  # the frozen reference; empty: the same as model
     reward_model: str = "out/rm_1b/final"  # hub id or directory; a,b,c: the mean of these
-    critic: str = ""  # where the critic starts; empty: the reward model (a function scores: `model` with a new head)
+    critic: str = ""  # where the critic starts; empty: the (first) reward model, or, if a function scores, `model`
     # ---- data
     data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # queries: hub id, directory or file with {split}
     eval_split: str = ""  # of no use here: sample.py evaluates
@@ -100,7 +100,7 @@ class Config(TrainConfig):
     # ---- reward
     missing_eos_score: Signed = -1.0  # the score of a response without EOS (detail 23.3)
     kl_coef: float = 0.05  # penalty per nat of KL to the reference
-    kl_target: float = 0.0  # adapt kl_coef, which must not be 0, towards this KL per sequence; 0: keep it fixed
+    kl_target: float = 0.0  # adapt kl_coef towards this KL per sequence; 0: keep it fixed
     kl_horizon: Count = 10_000  # episodes over which it adapts (arXiv:1909.08593 2.2)
     whiten_rewards: bool = False  # scale rewards to variance 1 (detail 24)
     # ---- advantage
@@ -124,7 +124,7 @@ class Config(TrainConfig):
 def train(run, cfg, policy, reference, critic, scorer, advantages, token_loss, before_step, after_update):
     """Every update: sample a batch, work out what each token was worth, and take a few steps on it.
 
-    scorer(queries, responses, row_indices), all of a few rows and in ids, gives their scores (B,).
+    scorer(queries, responses, row_indices) -> scores of a few rows; queries and responses are lists of ids.
     The last four are doors, see `main`: by default `advantages`, `clipped_surrogate`, nothing and nothing.
     """
     for step in run.updates():
@@ -133,7 +133,7 @@ def train(run, cfg, policy, reference, critic, scorer, advantages, token_loss, b
         batch = rollout(run, cfg, policy, reference, critic, scorer, queries, row_indices)
         batch = advantages(cfg, batch, run.state)
 
-        # What the samples say comes first: the update changes the policy that they are of.
+        # These describe the samples, and so the policy as it was before the update.
         metrics = {"episode": (step + 1) * cfg.batch_size}
         kl_coef = run.state.get("kl_coef", 0.0)  # left there by `advantages`, if the rewards have a penalty
         metrics.update(rollout_metrics(batch, kl_coef))
@@ -170,7 +170,8 @@ def rollout(run, cfg, policy, reference, critic, scorer, queries, row_indices):
     rows_per_pass = cfg.rollout_micro_batch_size
     responses, sampled = generate_rows(cfg, run.world, policy, queries, draws, stop, n_vocab, rows_per_pass)
 
-    # 2. A response ends at its first EOS; what comes after it does not count (detail 23.2).
+    # 2. A response ends at its first EOS, by which we mean end_id from here on. What comes after does not count
+    #    (detail 23.2).
     has_eos, last = find_eos(responses, end_id, cfg.truncate_after)
     query_lens = torch.tensor(list(map(len, queries)), device=last.device)
     batch = {"responses": responses, "sampled_logprobs": sampled, "has_eos": has_eos, "last": last}
@@ -193,7 +194,7 @@ def rollout(run, cfg, policy, reference, critic, scorer, queries, row_indices):
 
         ended = response_lists(batch, indices)
         if end_id != eos_id:
-            # A reward model has learned to be read at EOS: it gets one after any other end.
+            # A reward model is read at the tokenizer's own EOS: append it. (No end at all: see 4.)
             ended = [response + [eos_id] for response in ended]
         columns["scores"] = scorer(pick(queries, indices), ended, row_indices[indices])
         return columns
@@ -327,7 +328,7 @@ def shape_rewards(kl, scores, mask_p1, kl_coef, whiten_rewards=False):
 def gae(rewards, values, gamma, lam):
     """Generalised advantage estimation: (B, R) from rewards and values (B, R). (arXiv:1506.02438 eq. 16)
 
-    The value after the last index is 0. Both are 0 after a row's end, so nothing comes from there.
+    The value after the last index is 0. Rewards and values are 0 after a row's end: no advantage flows back from there.
     """
     advantages = torch.zeros_like(rewards)
     next_value = 0.0
@@ -357,12 +358,12 @@ def whiten(x, mask, shift_mean=True):
 def ppo_update(run, cfg, policy, critic, queries, batch, token_loss, before_step=None):
     """n_epochs x n_minibatches optimizer steps on one batch.
 
-    Returns metrics: means over the steps; of val/ratio the first step's, of lr, grad_norm and what before_step has
-    added the last step's.
+    Returns metrics, each the mean over the steps, except: val/ratio is from the first step, lr and grad_norm are from
+    the last, and what before_step adds is from its last call.
     """
     n_steps = cfg.n_epochs * cfg.n_minibatches
     policy_learns = run.step >= cfg.critic_steps
-    shares = []  # of each micro-batch in the means that are logged: these are their sum over all steps and ranks
+    shares = []  # each micro-batch's statistics / n_steps: summed over all steps and ranks they are the logged means
     added = {}  # what before_step has added to the metrics
     for number, indices in enumerate(minibatch_indices(cfg, run.step)):
         micro_stats = accumulate(run, cfg, policy, critic, queries, batch, indices, token_loss, policy_learns)
@@ -449,7 +450,7 @@ def actor_loss(cfg, token_loss, new_logprobs, micro, total_weight, new_entropy=N
             "policy/approxkl_avg": (0.5 * (new_logprobs - logprobs) ** 2 * weights).sum(),
             "policy/clipfrac_avg": (is_clipped * weights).sum(),
             "val/ratio_avg": (ratio * weights).sum(),
-            # about 1, which is the mean before any step
+            # The spread around 1, not around the mean: 0 before any step.
             "val/ratio_var": ((ratio - 1) ** 2 * weights).sum(),
         }
     if new_entropy is not None:
@@ -550,7 +551,8 @@ def main(cfg, score=None, advantages=advantages, token_loss=clipped_surrogate, w
                                                     of this minibatch; True: neither this step nor a later one of
                                                     this update trains the policy. What it adds to `metrics` is logged.
     after_update(run, policy, reference)            after each update
-    with_critic                                     False: no critic is there, and a batch has no values
+    with_critic                                     False: no critic is there, a batch has no values, and `advantages`
+                                                    must be one that does without
     """
     world, data = start(cfg, n_responses=0, n_minibatches=cfg.n_minibatches)  # of each row the query alone
     n_vocab = data.tokenizer.n_vocab
@@ -558,6 +560,7 @@ def main(cfg, score=None, advantages=advantages, token_loss=clipped_surrogate, w
     limits = dict(critic_steps=data.n_updates, truncate_token=n_vocab, truncate_after=cfg.response_length)
     for name, limit in limits.items():
         require(getattr(cfg, name) < limit, f"{name} must be below {limit} in this run; lower it")
+    require(cfg.kl_coef > 0 or cfg.kl_target == 0, "kl_target adapts kl_coef by factors; set a kl_coef above 0")
     sizes = f"batch_size {cfg.batch_size} must be a multiple of group_size {cfg.group_size}"
     require(cfg.batch_size % cfg.group_size == 0, sizes)
 

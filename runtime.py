@@ -36,7 +36,7 @@ class RunConfig:
     seed: int = 44413  # decides the initial weights, the data order and every sampled token
     accept_changes: bool = False  # go on in an out_dir that holds a run with another configuration
     # ---- data
-    max_query_tokens: Count = 512  # posts are cut to this (arXiv:2403.17031 detail 2.2); articles to 1919 at least
+    max_query_tokens: Count = 512  # posts are cut to this (arXiv:2403.17031 detail 2.2); articles to no less than 1919
     # ---- processes and memory
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; auto: bfloat16 on cuda; the masters are float32
@@ -231,5 +231,5 @@ class Run:
         model.save_pretrained(temporary)
         if self.world.is_main:
             shutil.copyfile(self.tokenizer.path, temporary / "tokenizer.json")
-            move(temporary, self.out_dir / name)  # a resumed run may write a step's model again
+            move(temporary, self.out_dir / name)  # replaces: a resumed run may export the same name again
             print(f"\nwrote {self.out_dir / name}", flush=True)
