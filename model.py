@@ -67,7 +67,7 @@ class Attention(nn.Module):
 
 def take(x, positions):
     """The vectors of x (.., T, E) at `positions` (.., R): (.., R, E)."""
-    # (take_along_dim says it shorter, but torch.compile would compile it anew for each length.)
+    # (take_along_dim says it shorter, but torch 2.13 would compile it anew for each length.)
     index = positions[..., None].expand(*x.shape[:-2], -1, x.shape[-1])
     return x.gather(-2, index)
 
