@@ -64,16 +64,14 @@ def write_models(directory, shape, tokenizer):
     width, layers, heads, vocabulary = PYTHIA[shape]
     config = GPTNeoXConfig(vocabulary, width, layers, heads)
     for name, cls in (("policy", GPTNeoX), ("reward", ScalarModel)):
-        if (directory / name / "model.safetensors").exists():
-            shutil.copyfile(tokenizer, directory / name / "tokenizer.json")  # an earlier run may have had other data
-            continue
-        with torch.device("meta"):
-            model = cls(config)
-        model.to_empty(device="cpu")
-        init_weights(model, SEED)
-        model.save_pretrained(directory / name)
-        shutil.copyfile(tokenizer, directory / name / "tokenizer.json")
-        del model
+        if not (directory / name / "model.safetensors").exists():
+            with torch.device("meta"):
+                model = cls(config)
+            model.to_empty(device="cpu")
+            init_weights(model, SEED)
+            model.save_pretrained(directory / name)
+            del model
+        shutil.copyfile(tokenizer, directory / name / "tokenizer.json")  # an earlier run may have had other data
 
 
 def make_rows(what, n, query, data, tokenizer, directory):

@@ -125,7 +125,8 @@ CASES = {
     "config.json of another model": (rm, lambda d: edit_json(d / "sft/final/config.json", model_type="llama"), "llama"),
     "heads that do not divide": (rm, lambda d: edit_json(d / "sft/final/config.json", num_attention_heads=5),
                                  "do not fit together .*num_attention_heads=5"),
-    "width as text": (rm, lambda d: edit_json(d / "sft/final/config.json", hidden_size="32"), "hidden_size.*int.*str"),
+    "width as text": (rm, lambda d: edit_json(d / "sft/final/config.json", hidden_size="32"),
+                      "config.json: 'hidden_size'.*int.*str"),
     "shape unlike config.json": (rm, lambda d: edit_json(d / "sft/final/config.json", hidden_size=64), r"\(.*64"),
     "missing weights": (rm, lambda d: (d / "sft/final/model.safetensors").unlink(), "model.safetensors"),
     "truncated weights": (rm, lambda d: truncate(d / "sft/final/model.safetensors"), "model.safetensors"),
@@ -176,6 +177,7 @@ CASES = {
     "more noise than labels": (rm, lambda d: dict(label_noise=1.5), "'label_noise' takes float from 0 and below 1"),
     "negative clamp": (rm, lambda d: dict(target_clamp=-0.4), "'target_clamp' takes finite float from 0"),
     "the critic alone to the end": (ppo, lambda d: dict(critic_steps=2), "critic_steps must be below 2"),
+    "nothing to adapt": (ppo, lambda d: dict(kl_coef=0.0, kl_target=1.0), "kl_target adapts kl_coef.*above 0"),
     "no such end": (ppo, lambda d: dict(truncate_token=99999), "truncate_token must be below"),
     "no end in time": (ppo, lambda d: dict(truncate_after=10), "truncate_after must be below 10"),
     "pre-training row too long": (ppo_max, lambda d: dict(ptx_coef=0.1, ptx_data=write_rows(d / "x.jsonl", [

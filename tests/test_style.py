@@ -204,6 +204,7 @@ def test_comments_and_blank_lines_part_the_steps():
 
 def test_the_house_stays_small():
     assert count_lines(TOP_LEVEL) <= 1500
+    assert count_lines(CORE) <= 2500
     for path in STAGES:
         assert count_lines(all_that_is_imported([path])) <= 2000, f"{relative(path)}, with all that it imports"
     for path in VARIANTS:
