@@ -1,9 +1,9 @@
 """A language model behind an OpenAI-compatible endpoint compares two summaries.
 
 Each pair is shown in random order (by seed), since judges favour a place. A reply without one clear verdict counts as
-none; it is never guessed. Requests that fail are sent again, later and later, by the openai library; what still has no
-reply then is left for the next run of the same command. With out_dir every reply is kept at once, in an SQLite file
-there.
+none; it is never guessed. Requests that fail are sent again, later and later, by the openai library; a reply that is
+empty or was cut off counts as a failure, too. With out_dir every reply is kept at once, in an SQLite file there. The
+next run of the same command asks for what has no reply, or none with a clear verdict.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ import numpy as np
 from configurator import UserError, explain, require
 
 OPTIONS = {"temperature": 0}  # some models refuse it: take it out for them
+CUT_OFF = ("length", "model_length", "max_tokens")  # finish_reason of servers when a model has no tokens left
 PROMPT = """\
 Below are a post from a forum and two summaries of it. Which of the two serves better someone who will not
 read the post?
@@ -52,13 +53,21 @@ def prompt_for(pair, swapped):
 
 
 VERDICT = re.compile(r"verdict\W+(?:summary\W+)?(a|b|tie)\W*$", re.IGNORECASE | re.MULTILINE)
+THINK = re.compile(r"[<\[](/?)think(?:ing)?[>\]]", re.IGNORECASE)
 
 
 def parse_verdict(reply, swapped):
-    """1.0 if the reply prefers the pair's response, 0.0 the other, 0.5 neither; None if it is not one clear verdict."""
+    """1.0 if the reply prefers the pair's response, 0.0 the other, 0.5 neither; None if it is not one clear verdict.
+
+    Of a model that thinks aloud, in <think> ... </think>, only what stands behind the last </think> counts.
+    """
     if reply is None:
         return None
-    verdicts = {word.lower() for word in VERDICT.findall(reply)}
+    tags = THINK.findall(reply)  # "" for <think>, "/" for </think>
+    if tags and tags[-1] == "":
+        return None
+    answer = THINK.split(reply)[-1]
+    verdicts = {word.lower() for word in VERDICT.findall(answer)}
     if len(verdicts) != 1:
         return None
     if "tie" in verdicts:
@@ -70,7 +79,7 @@ def parse_verdict(reply, swapped):
 def ask_all(judge, pairs, seed, cache, workers=8, timeout=60.0, retries=6):
     """Verdicts and replies on all pairs by `judge`, "URL#model": two lists; a reply that could not be had is None.
 
-    cache: an SQLite file of replies by model and prompt; what it has is not asked again. timeout: seconds.
+    cache: an SQLite file of replies by model and prompt; what it has a verdict on is not asked again. timeout: seconds.
     Raises UserError if the endpoint refuses the request (key, model), or if as many requests as there are workers fail
     one after the other; the replies so far are kept.
     """
@@ -88,6 +97,10 @@ def ask_all(judge, pairs, seed, cache, workers=8, timeout=60.0, retries=6):
     finally:
         replies.close()
     found = list(map(replies.known.get, keys))
+    n_lost = found.count(None)
+    if n_lost:
+        why = " ".join(asker.trouble.split())
+        print(f"judge {judge}: no reply on {n_lost} of {len(pairs)} pairs ({why}); the same command asks again")
     return list(map(parse_verdict, found, swapped)), found
 
 
@@ -98,14 +111,18 @@ def key_of(model, prompt):
 
 
 class Replies:
-    """The replies that are known, {key: text}; each is on the disk as soon as it has come."""
+    """The replies that are known, {key: text}; each is on the disk as soon as it has come.
+
+    A reply of an earlier run that has no clear verdict is not known: it may have been cut off.
+    """
 
     def __init__(self, cache):
         self.cache = cache
         with explain(f"{cache}: is no cache of replies; move it away", sqlite3.Error):
             self.table = sqlite3.connect(cache, isolation_level=None)
             self.table.execute("create table if not exists replies (key text primary key, reply text)")
-            self.known = dict(self.table.execute("select key, reply from replies"))
+            kept = self.table.execute("select key, reply from replies")
+            self.known = {key: reply for key, reply in kept if parse_verdict(reply, False) is not None}
 
     def keep(self, key, reply):
         self.known[key] = reply
@@ -163,6 +180,7 @@ class Asker:
 
     def __call__(self, prompt):
         openai = self.openai
+        refused = False
         # The library sends again what fails; a second round does so for an answer that is none.
         for _ in range(2):
             try:
@@ -176,13 +194,41 @@ class Asker:
             except openai.APIConnectionError as error:  # time-outs too
                 self.trouble = f"{error} {error.__cause__ or ''}"
                 return None, False
+            except NoReply as error:
+                self.trouble = str(error)
+                refused = True
             except (openai.APIError, ValueError, LookupError, TypeError, AttributeError) as error:
                 self.trouble = f"not a chat completion: {error}"
-        return None, False
+        return None, refused
 
     def ask(self, prompt):
         messages = [{"role": "user", "content": prompt}]
         completions = self.client.chat.completions
         answer = completions.create(model=self.model, messages=messages, **OPTIONS)
-        text = answer.choices[0].message.content or ""
-        return text.encode(errors="replace").decode()  # half a surrogate pair cannot be kept
+        if not getattr(answer, "choices", None):
+            raise ValueError(str(answer)[:300])  # some servers say what is wrong with status 200
+        return read_reply(answer.choices[0])
+
+
+class NoReply(Exception):
+    """A chat completion that holds no whole reply."""
+
+
+def read_reply(choice):
+    """The text of a chat completion's choice; raises NoReply if that is refused, empty or cut off."""
+    reason = choice.finish_reason
+    message = choice.message
+    if message.refusal or reason == "content_filter":
+        raise NoReply(f"refused: {message.refusal or reason}")
+
+    limit = "max_tokens in OPTIONS of evals/chat.py, or the server's limit"
+    mend = f"(finish_reason {reason}); give the judge more tokens ({limit}), or ask another model"
+    if reason in CUT_OFF:
+        raise NoReply(f"the reply was cut off {mend}")
+    text = message.content
+    if isinstance(text, list):  # parts, some of which are thoughts
+        text = "".join(part["text"] for part in text if part["type"] == "text")
+    # A server that gives thoughts apart (reasoning_content) has no content until they end.
+    if not text or not text.strip():
+        raise NoReply(f"the reply is empty {mend}")
+    return text.encode(errors="replace").decode()  # half a surrogate pair cannot be kept

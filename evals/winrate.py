@@ -17,8 +17,9 @@ first meeting the second. Or one file of comparisons (`info, summaries, choice`)
 reference, and the other is the response; rows without exactly one `ref` are left out.
 
 Prints win, tie and lose, the win rate (a tie counts half) with its 95 % bootstrap interval, the same by length of
-the response relative to the other (in words), and for several judges how often two of them agree. With out_dir:
-winrate.json, verdicts.jsonl (a row per pair) and, for endpoints, replies.sqlite, from which a stopped run goes on.
+the response relative to the other (in words; in letters where a script has no blanks), and for several judges how
+often two of them agree. With out_dir: winrate.json, verdicts.jsonl (a row per pair) and, for endpoints,
+replies.sqlite, from which a stopped run goes on. An endpoint of which no reply has a clear verdict is an error.
 """
 
 import importlib
@@ -33,7 +34,8 @@ from data import format_query, parse_row, text_of
 from evals import chat
 from evals.samples import measure
 from evals.scores import by_models
-from hub.files import read_jsonl, write_json, write_jsonl
+from evals.tables import count_words
+from hub.files import read_jsonl, split_names, write_json, write_jsonl
 from hub.tokenizer import Tokenizer
 from runtime import RunConfig, World, open_directory, stage
 
@@ -56,7 +58,7 @@ def main(cfg):
     verdicts = {}
     replies = {}
     tables = {}
-    for judge in cfg.judge.split(","):
+    for judge in split_names(cfg.judge):
         verdicts[judge], replies[judge] = judge_pairs(cfg, world, judge, pairs)
         tables[judge] = win_table(pairs, verdicts[judge], cfg.seed)
         world.print("", judge)
@@ -77,6 +79,11 @@ def main(cfg):
         write_jsonl(out_dir / "verdicts.jsonl", rows)
         write_json(out_dir / "winrate.json", tables)
         print(f"wrote {out_dir}/verdicts.jsonl and winrate.json")
+    for judge, said in replies.items():
+        if set(verdicts[judge]) == {None}:
+            first = next(filter(None, said))[:200]
+            mend = f"ask a model that ends with a line such as 'Verdict: A'; the first reply begins with {first!r}"
+            raise UserError(f"judge {judge}: no reply has a clear verdict; {mend}")
 
 
 # ---------------------------------------------------------------------------- pairs
@@ -88,7 +95,7 @@ def read_pairs(samples):
     which a text is added under that name.
     """
     require(samples, "a judge needs samples; give --samples=a.jsonl, or a.jsonl,b.jsonl")
-    paths = samples.split(",")
+    paths = split_names(samples)
     require(len(paths) <= 2, f"samples {samples}: {len(paths)} files; give one, or two as a,b")
     tables = []
     for path in paths:
@@ -236,7 +243,7 @@ def win_rate(verdicts, seed=0):
 
 def length_group(response, other):
     """The response's length in words over the other's, to the nearest of 1/4, 0.35, 1/2, 0.71, 1, 1.4, 2, 2.8, 4."""
-    ratio = max(len(response.split()), 1) / max(len(other.split()), 1)
+    ratio = max(count_words(response), 1) / max(count_words(other), 1)
     half_powers = np.clip(np.round(2 * np.log2(ratio)), -4, 4)
     return float(2 ** (half_powers / 2))
 

@@ -243,6 +243,23 @@ def test_a_file_ties_with_itself(samples, tmp_path):
     assert tables == {"toy.gold": {"all": whole, "length x 1": whole}}
 
 
+def test_names_of_files_and_judges_may_hold_commas(pipeline, samples, tmp_path):
+    """What is there on the disk is one name."""
+    directory = tmp_path / "lr=1e-3,seed=1"
+    directory.mkdir()
+    paths = [directory / "a,b.jsonl", directory / "c.jsonl"]
+    for path, source in zip(paths, samples):
+        path.write_bytes(source.read_bytes())
+    judge = directory / "rm"
+    judge.symlink_to(pipeline.rm)
+    expected, rows = judged(tmp_path / "plain", f"toy.gold,{pipeline.rm}", f"{samples[0]},{samples[1]}")
+    tables, found = judged(tmp_path / "commas", f"toy.gold,{judge}", f"{paths[0]},{paths[1]}")
+    assert tables == {name.replace(str(pipeline.rm), str(judge)): row for name, row in expected.items()}
+    assert [list(row["verdicts"].values()) for row in found] == [list(row["verdicts"].values()) for row in rows]
+    alone, _ = judged(tmp_path / "alone", str(judge), paths[0])
+    assert list(alone) == [str(judge)]
+
+
 def test_agreement_matches_a_count_by_hand(pipeline, module, tmp_path):
     """Of all pairs of judges; a tie agrees with a tie only."""
     judges = ["choice", "toy.gold", module("brief", lambda queries, texts: [-len(text.split()) for text in texts])]
@@ -284,7 +301,7 @@ def test_reward_model_reads_comparisons_as_texts_that_end(pipeline, tmp_path):
     tokenizer = Tokenizer.load(judge)
     cfg = sample.Config(device="cpu", dtype="float32")
     world = runtime.World(cfg)
-    model = runtime.load_model(cfg, world, tokenizer.n_vocab, ScalarModel, judge)
+    model = runtime.load_model(cfg, world, tokenizer, ScalarModel, judge)
     torch.distributed.destroy_process_group()
 
     @torch.no_grad()
@@ -391,6 +408,12 @@ def failure(status, **headers):
     return status, headers or SOON, b'{"error": {"message": "the reason that the server gives"}}'
 
 
+def completion(content, reason="stop", **fields):
+    """The body of a reply; reason: why it ends."""
+    message = {"role": "assistant", "content": content, **fields}
+    return json.dumps({"choices": [{"index": 0, "finish_reason": reason, "message": message}]}).encode()
+
+
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         answer = self.endpoint.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
@@ -471,6 +494,12 @@ REPLIES = {
     "Verdict: a close call": NONE, "Verdict: A or B": NONE, "Verdict: A/B": NONE, "Verdict: A, B": NONE,
     "Verdict: Both are bad": NONE, "Verdict: neither": NONE, "Verdict: C": NONE, "Verdict: N/A": NONE,
     "Summary A is better.": NONE, "A": NONE, "Verdict:": NONE, "": NONE, None: NONE,
+    # a model that thinks aloud; a template may have written its <think> already
+    "<think>Verdict: B\nBut B invents a name.</think>\nVerdict: A": A, "At first:\nVerdict: B</think>\nVerdict: A": A,
+    "<think>Verdict: A</think>\n<think>Verdict: B</think>\nVerdict: tie": TIE, "[THINK]Verdict: A[/THINK]Verdict: B": B,
+    "<Thinking>\nVerdict: B\n</Thinking>\nVerdict: A": A, "<think>Verdict: A</think>": NONE,
+    "<think>It may be A.\nVerdict: A": NONE, "Verdict: A\n<think>Or B": NONE,
+    "<think></think>Verdict: A\n<think>": NONE,
 }  # fmt: skip
 
 
@@ -480,8 +509,9 @@ def test_verdict_is_read_from_the_reply(reply):
     assert {swapped: parse_verdict(reply, swapped) for swapped in (False, True)} == REPLIES[reply]
 
 
-def test_replies_without_a_verdict_are_kept(endpoint, tmp_path):
-    unclear = {1: "", 3: "I cannot tell.", 4: "Verdict: A\nVerdict: B", 6: "Verdict: a close call"}
+def test_replies_without_a_verdict_are_asked_for_again(endpoint, tmp_path):
+    """In this call they count as none; the next one asks for these, and for no others."""
+    unclear = {3: "I cannot tell.", 4: "Verdict: A\nVerdict: B", 6: "Verdict: a close call", 7: "<think>Verdict: A"}
     server = endpoint(make_pairs(9), lambda number, nth: unclear.get(number, HONEST))
     first = ask(server, cache=tmp_path / "replies.sqlite")
     verdicts, replies = first
@@ -490,7 +520,21 @@ def test_replies_without_a_verdict_are_kept(endpoint, tmp_path):
     assert {number: replies[number] for number in unclear} == unclear
     assert sorted(server.asked()) == list(range(9))
     assert ask(server, cache=tmp_path / "replies.sqlite") == first
+    assert sorted(server.asked()) == list(unclear)
+    server.script = lambda number, nth: HONEST
+    assert ask(server, cache=tmp_path / "replies.sqlite")[0] == expected
+    assert sorted(server.asked()) == list(unclear)
+    assert ask(server, cache=tmp_path / "replies.sqlite")[0] == expected
     assert server.asked() == []
+
+
+def test_only_the_text_of_a_reply_in_parts_counts(endpoint):
+    """Some servers give what a model thought as a part, or as a field of its own."""
+    thought = dict(type="thinking", thinking=[dict(type="text", text="Verdict: B")])
+    parts = [thought, dict(type="text", text="Both fit.\n"), dict(type="text", text="Verdict: tie")]
+    bodies = [completion(parts), completion("Verdict: tie", reasoning_content="Verdict: B")]
+    server = endpoint(make_pairs(2), lambda number, nth: bodies[number])
+    assert ask(server) == ([0.5, 0.5], ["Both fit.\nVerdict: tie", "Verdict: tie"])
 
 
 @pytest.mark.parametrize("content", ["7", '["Verdict: A"]', '{"text": "Verdict: A"}', r'"\ud83d"'])
@@ -531,7 +575,26 @@ def test_a_judge_of_the_texts_says_the_same_in_any_order(endpoint):
 # ---- failures
 
 
+# name: (the body of a 200 that holds no whole reply, what is said of it)
+NO_REPLY = {
+    "null": (completion(None, "length"), "was cut off .finish_reason length.; give the judge more tokens"),
+    "thoughts alone": (completion(None, reasoning_content="Verdict: A"), "is empty .finish_reason stop."),
+    "an empty text": (completion(""), "is empty"),
+    "blanks": (completion(" \n", None), "is empty"),
+    "no parts": (completion([]), "is empty"),
+    "a tool": (completion(None, "tool_calls", tool_calls=[]), "finish_reason tool_calls"),
+    "cut off": (completion("Summary A covers the dog, but", "length"), "was cut off .finish_reason length.; give"),
+    "cut off behind a verdict": (completion("Verdict: A", "length"), "was cut off"),
+    "cut off by the context": (completion("Summary A", "model_length"), "was cut off .finish_reason model_length."),
+    "an error": (b'{"error": {"message": "no capacity", "code": 502}}', "not a chat completion: .*no capacity"),
+}  # fmt: skip
+REFUSALS = {
+    "filter": (completion("Summary A", "content_filter"), "refused: content_filter"),
+    "refusal": (completion(None, refusal="I will not read this."), "refused: I will not read this"),
+}
+
 TROUBLES = {
+    **{name: [body] for name, (body, _) in NO_REPLY.items()},
     "5xx": [500, 503], "429": [failure(429, **{"Retry-After": "0"})], "dropped": [DROP],
     "not JSON": [b"<html>busy</html>"], "nothing": [b""], "a list": [b"[]"], "no choices": [b"{}"],
     "empty choices": [b'{"choices": []}'], "no message": [b'{"choices": [{"message": null}]}'],
@@ -629,14 +692,32 @@ def test_a_server_that_refuses_all_requests_is_one_line(endpoint):
     refused("the reason that the server gives", server)
 
 
-@pytest.mark.parametrize("trouble, times", [(500, 2), (DROP, 2), (400, 1)], ids=["fails", "dropped", "too long"])
-def test_one_pair_without_a_reply_does_not_stop_the_others(endpoint, tmp_path, trouble, times):
+@pytest.mark.parametrize("name", NO_REPLY | REFUSALS)
+def test_what_is_no_whole_reply_is_never_kept(endpoint, tmp_path, name):
+    """If there is nothing else, the call ends with an error that says why; the next one asks for all."""
+    body, words = (NO_REPLY | REFUSALS)[name]
+    cache = tmp_path / "replies.sqlite"
+    server = endpoint(make_pairs(6), lambda number, nth: body)
+    refused(f"{re.escape(server.judge)}: 2 requests in a row had no reply .*{words}", server, cache=cache)
+    assert n_replies(cache) == 0
+    server.asked()
+    server.script = lambda number, nth: HONEST
+    assert ask(server, cache=cache)[0] == longer_wins(server.pairs)
+    assert sorted(server.asked()) == list(range(6))
+
+
+@pytest.mark.parametrize("trouble, times", [
+    (500, 2), (DROP, 2), (400, 1), (NO_REPLY["cut off"][0], 2), (NO_REPLY["null"][0], 2), (REFUSALS["filter"][0], 2),
+    (REFUSALS["refusal"][0], 2),
+], ids=["fails", "dropped", "too long", "cut off", "null", "filtered", "refused"])  # fmt: skip
+def test_one_pair_without_a_reply_does_not_stop_the_others(endpoint, tmp_path, capsys, trouble, times):
     """It counts as none, and the next call asks for it, and for it alone."""
     server = endpoint(make_pairs(9), lambda number, nth: trouble if number == 4 else HONEST)
     expected = longer_wins(server.pairs)
     verdicts, replies = ask(server, cache=tmp_path / "replies.sqlite", retries=1)
     assert verdicts == [*expected[:4], None, *expected[5:]]
     assert replies[4] is None
+    assert f"judge {server.judge}: no reply on 1 of 9 pairs (" in capsys.readouterr().out
     assert server.asked().count(4) == times
     assert n_replies(tmp_path / "replies.sqlite") == 8
     server.script = lambda number, nth: HONEST
@@ -644,9 +725,11 @@ def test_one_pair_without_a_reply_does_not_stop_the_others(endpoint, tmp_path, t
     assert server.asked() == [4]
 
 
-def test_pairs_that_never_have_a_reply_do_not_stop_the_next_call(endpoint, tmp_path):
+@pytest.mark.parametrize("trouble", [400, NO_REPLY["cut off"][0], REFUSALS["filter"][0]],
+                         ids=["too long", "cut off", "filtered"])  # fmt: skip
+def test_pairs_that_never_have_a_reply_do_not_stop_the_next_call(endpoint, tmp_path, trouble):
     """As many as there are workers, far apart: the second call has only those to ask, and ends as the first did."""
-    server = endpoint(make_pairs(12), lambda number, nth: 400 if number in (2, 6, 10) else HONEST)
+    server = endpoint(make_pairs(12), lambda number, nth: trouble if number in (2, 6, 10) else HONEST)
     first = ask(server, workers=3, cache=tmp_path / "replies.sqlite")
     assert [number for number, verdict in enumerate(first[0]) if verdict is None] == [2, 6, 10]
     assert ask(server, workers=3, cache=tmp_path / "replies.sqlite") == first
@@ -698,6 +781,23 @@ def test_the_cache_knows_replies_by_model_and_prompt(endpoint, tmp_path):
     assert ask_all(other, server.pairs, 0, cache)[0] == expected
     assert len(server.asked()) == 30
     assert server.models == {"model", "another/model"}
+
+
+@pytest.mark.parametrize("reply", ["", "Summary A covers the dog, but"])
+def test_a_cache_that_has_replies_without_a_verdict_asks_for_these(endpoint, tmp_path, reply):
+    """As an older version kept them; what has a verdict is not asked for."""
+    cache = tmp_path / "replies.sqlite"
+    server = endpoint(make_pairs(9))
+    expected = ask(server, cache=cache)
+    asked = server.asked()
+    with contextlib.closing(sqlite3.connect(cache)) as replies, replies:
+        replies.execute("update replies set reply = ? where rowid in (2, 5)", (reply,))
+    assert ask(server, cache=cache) == expected
+    again = server.asked()
+    assert len(again) == 2
+    assert set(again) < set(asked)
+    assert ask(server, cache=cache) == expected
+    assert server.asked() == []
 
 
 def test_each_reply_is_kept_when_it_has_come(endpoint, tmp_path):
@@ -784,7 +884,26 @@ def test_sample_asks_an_endpoint(endpoint, module, tmp_path):
     assert agreed["n"] == 17
     assert agreed["rate"] == pytest.approx(given.count(0.5) / 17)  # they agree on ties alone
     assert judged(tmp_path / "judged", judges, path) == first
-    assert server.asked() == []
+    assert server.asked() == [5]
+
+
+def test_an_endpoint_without_any_verdict_is_an_error_after_its_replies_are_written(endpoint, module, tmp_path):
+    server = endpoint(make_pairs(3), lambda number, nth: "Both are\x1b[31m fine.\n" + 300 * "x")
+    flat = module("flat", lambda queries, texts: [0.0 for _ in texts])
+    rows = [dict(query=pair["query"], response=pair["response"], reference=pair["other"]) for pair in server.pairs]
+    path = write_rows(tmp_path / "samples.jsonl", rows)
+    words = rf"{server.judge}: no reply has a clear verdict; .*begins with 'Both are\\x1b\[31m fine.\\nx+'$"
+    with pytest.raises(UserError, match=words) as error:
+        judged(tmp_path / "judged", f"{server.judge},{flat}", path)
+    assert len(str(error.value)) < 500
+    written = read_rows(tmp_path / "judged" / "verdicts.jsonl")
+    assert [row["verdicts"] for row in written] == [{server.judge: None, flat: 0.5}] * 3
+    assert {row["replies"][server.judge][:8] for row in written} == {"Both are"}
+    server.asked()
+    server.script = lambda number, nth: HONEST
+    tables, _ = judged(tmp_path / "judged", server.judge, path)
+    assert sorted(server.asked()) == [0, 1, 2]
+    assert tables[server.judge]["all"]["none"] == 0
 
 
 # ---------------------------------------------------------------------------- bad input
