@@ -85,11 +85,12 @@ def rotate(x, cos, sin):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
+        self.gelu = config.gelu  # none: exact, by erf; tanh: gpt-neox-20b's approximation
         self.dense_h_to_4h = Linear(config.hidden_size, config.intermediate_size)
         self.dense_4h_to_h = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x)))  # the exact (erf) GELU
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate=self.gelu))
 
 
 class Block(nn.Module):
@@ -168,7 +169,7 @@ class Pretrained(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source, revision="main", dtype=torch.float32):
-        """Load from a hub id or a directory (single or sharded safetensors) onto the CPU as `dtype`.
+        """Load from a hub id (or id@revision) or a directory (single or sharded safetensors) onto the CPU as `dtype`.
 
         This is for notebooks; stages load by distributed.sharding.load_model.
         Raises UserError if a tensor is missing, unexpected, mis-shaped or not finite, or a file is unreadable.

@@ -5,9 +5,12 @@ from dataclasses import dataclass, fields
 
 from configurator import Count, UserError, check, explain, require
 from hub.files import read_json
+from hub.missing import no_model
 
 # What this code has fixed: where config.json speaks of it, it must agree.
-FIXED = dict(model_type="gpt_neox", hidden_act="gelu", attention_bias=True, tie_word_embeddings=False)
+FIXED = dict(model_type="gpt_neox", attention_bias=True, tie_word_embeddings=False)
+# transformers' names of the GELU -> F.gelu's. Those of the approximation by tanh differ by rounding.
+GELUS = dict(gelu="none", gelu_new="tanh", gelu_fast="tanh", gelu_pytorch_tanh="tanh")
 
 
 @dataclass
@@ -26,8 +29,12 @@ class GPTNeoXConfig:
     initializer_range: float = 0.02
     use_parallel_residual: bool = True
     eos_token_id: int = 0
+    hidden_act: str = "gelu"
 
     def __post_init__(self):
+        unknown = f"hidden_act {self.hidden_act!r} is not supported, only {', '.join(GELUS)}"
+        require(self.hidden_act in GELUS, unknown)
+        self.gelu = GELUS[self.hidden_act]
         if self.intermediate_size == 0:
             self.intermediate_size = 4 * self.hidden_size
         head_width = self.hidden_size // self.num_attention_heads
@@ -47,6 +54,8 @@ class GPTNeoXConfig:
         for field in fields(cls):
             if stored.get(field.name) is not None:
                 values[field.name] = check(field, stored[field.name], where)
+        if not values:  # a run's config.json, for example
+            raise no_model(directory, "config.json of a model")
         with explain(where, UserError):
             return cls(**values)
 
@@ -54,10 +63,21 @@ class GPTNeoXConfig:
 def read_config(directory):
     """The values of `directory`/config.json, under the names that GPT-NeoX models had before transformers 5."""
     path = os.path.join(directory, "config.json")
+    if not os.path.exists(path):
+        raise no_model(directory, "config.json")
     values = read_json(path)
+    # The reward models of arXiv:2403.17031 keep the body's values apart, and subtract `bias` from what the head gives.
+    body = values.get("base_config")
+    if isinstance(body, dict):
+        with explain(f"{path}: bias is no number", TypeError, ValueError, OverflowError):
+            body["mean_reward"] = float(values.get("bias", 0.0))
+        values = body
     for name, value in FIXED.items():
         found = values.get(name, value)
         require(found == value, f"{path}: {name} = {found!r} is not supported, only {value!r}")
+    ends = values.get("eos_token_id")
+    if isinstance(ends, list):  # Training takes the tokenizer's EOS; this one is only written again.
+        values["eos_token_id"] = ends[0] if ends else None
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     unsupported = f"{path}: rope scaling {rope!r} is not supported; use a model without it"
     require(isinstance(rope, dict), unsupported)

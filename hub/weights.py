@@ -1,5 +1,6 @@
 """Weights in the hub's layout: safetensors, of which a process reads only its own rows."""
 
+import glob
 import json
 import os
 import re
@@ -11,7 +12,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from configurator import UserError, explain, require
-from hub.files import read_json
+from hub.config import read_config
+from hub.files import read_json, what_lies_at
+from hub.missing import no_model
 
 # Masks and rotary tables that old Pythia files carry along; they hold nothing that was learned.
 BUFFERS = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
@@ -19,21 +22,29 @@ FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  #
 
 
 def find_model(source, revision="main", patterns=("*.json", "*.safetensors")):
-    """A directory as it is; anything else is a hub id, whose files that fit `patterns` are fetched."""
+    """A directory as it is; anything else is a hub id, or id@revision, whose files that fit `patterns` are fetched."""
+    source = os.path.expanduser(source)
     if os.path.isdir(source):
         return source
-    missing = f"model {source!r}: no directory (is that stage trained?), nor to be had from the hub"
-    with explain(missing, Exception):
-        return snapshot_download(source, revision=revision, allow_patterns=list(patterns))
+
+    missing = f"model {source!r}: no directory of that name"
+    name, _, behind = source.partition("@")
+    is_path = source.startswith(("/", ".")) or name.count("/") > 1
+    if is_path or os.path.isdir(source.split("/")[0]):
+        missing += f" (is that stage trained?); {what_lies_at(source)}"
+    require(not is_path, missing)
+    with explain(f"{missing}; nor to be had from the hub", Exception):
+        return snapshot_download(name, revision=behind or revision, allow_patterns=list(patterns))
 
 
 def weight_files(directory):
-    """Map each stored tensor's name to its file: by the index if there is one, else all of model.safetensors."""
+    """Map each stored tensor's name to its file: by the index if there is one, else all that the files hold."""
     index = os.path.join(directory, "model.safetensors.index.json")
-    if not os.path.exists(index):
-        single = os.path.join(directory, "model.safetensors")
-        return dict.fromkeys(open_weights(single).keys(), single)
     files = {}
+    if not os.path.exists(index):
+        for path in whole_model(directory):
+            files.update(dict.fromkeys(open_weights(path).keys(), path))
+        return files
     incomplete = f"{index}: no weight_map; download it again"
     with explain(incomplete, LookupError, TypeError, AttributeError):
         for name, file in read_json(index)["weight_map"].items():
@@ -41,8 +52,20 @@ def weight_files(directory):
     return files
 
 
+def whole_model(directory):
+    """The path of model.safetensors, or those of model-00001-of-0000N.safetensors and so on if all N are there."""
+    names = ["model.safetensors"]
+    if not os.path.exists(os.path.join(directory, names[0])):
+        names = sorted(glob.glob("model-*-of-*.safetensors", root_dir=directory))
+        n = len(names)
+        whole = [f"model-{number:05}-of-{n:05}.safetensors" for number in range(1, n + 1)]
+        if not names or names != whole:
+            raise no_model(directory, "model.safetensors")
+    return [os.path.join(directory, name) for name in names]
+
+
 def open_weights(path):
-    unreadable = f"{path}: cannot be read as safetensors; copy it again"
+    unreadable = f"{path}: cannot be read as safetensors; copy it again (or, after git clone: git lfs pull)"
     with explain(unreadable, OSError, ValueError, SafetensorError):
         return safe_open(path, framework="pt")
 
@@ -54,27 +77,44 @@ def load_weights(model, directory, new_head=False):
     new_head: take the body alone, from a model of either kind, and leave the head as it is.
     Raises UserError if a tensor is missing, unexpected, mis-shaped or not finite, or a file is unreadable.
     """
+    config = read_config(directory)
     wanted = model.state_dict()
     files = weight_files(directory)
+    names = {hub_name(name): name for name in files}
     if new_head:
         wanted = body_of(wanted)
-        files = body_of(files)
-    stored = {name for name in files if not BUFFERS.fullmatch(name)}
-    refuse_names("missing", wanted.keys() - stored, model, directory)
+        names = body_of(names)
+    stored = {name for name in names if not BUFFERS.fullmatch(name)}
+    missing = wanted.keys() - stored
+    if config.get("architectures") == ["GPTNeoXForSequenceClassification"]:
+        missing.discard("score.bias")  # The head of transformers has none.
+    refuse_names("missing", missing, model, directory)
     refuse_names("unexpected", stored - wanted.keys(), model, directory)
 
     handles = {path: open_weights(path) for path in set(files.values())}
     for name, tensor in wanted.items():
-        path = files[name]
+        if name not in names:
+            copy_rows(tensor, torch.zeros(tensor.shape))
+            continue
+        path = files[names[name]]
         with explain(f"{path}: has no tensor {name}; the index does not fit its files", SafetensorError):
-            source = handles[path].get_slice(name)
+            source = handles[path].get_slice(names[name])
             shape = tuple(source.get_shape())
             dtype = source.get_dtype()
         found = f"{path}: {name} is {dtype} of shape {shape}"
-        asked = f"config.json asks for floats of shape {tuple(tensor.shape)}"
+        asker = "a reward model" if name.startswith("score.") else "config.json"
+        asked = f"{asker} asks for floats of shape {tuple(tensor.shape)}"
         require(shape == tensor.shape and dtype in FLOATS.values(), f"{found}, but {asked}")
         local = copy_rows(tensor, source)
+        if name == "score.bias":
+            local.sub_(config.get("mean_reward", 0.0))
         require(local.isfinite().all(), f"{path}: {name} is not finite everywhere; copy it again")
+
+
+def hub_name(name):
+    """The hub's name of a tensor that a reward model of arXiv:2403.17031 has under another one."""
+    name = re.sub(r"^lm_backbone\.", "gpt_neox.", name)
+    return re.sub(r"^scalar_head\.", "score.", name)
 
 
 def body_of(tensors):
