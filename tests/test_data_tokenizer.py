@@ -5,6 +5,7 @@ import random
 import shutil
 import sys
 import unicodedata
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,10 @@ from data import format_query
 from hub.tokenizer import Tokenizer
 
 library_module = pytest.importorskip("tokenizers")
+
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
+
+from bench.tokenizer_all import CODES, CONTEXTS, Comparison, merges_made_otherwise  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -178,38 +183,396 @@ def test_load_names_a_bad_file(text, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def add_word(**flags):
-    word = dict(id=50277, content="<sep>", single_word=False, lstrip=False, rstrip=False, normalized=False)
-    return lambda spec: spec["added_tokens"].append({**word, "special": False, **flags})
+# ---- other tokenizers ------------------------------------------------------------------------------------
+
+PIECES = [
+    *" \n\t\r\u00a0\u3000a1'.,;-_<|>#", "  ", "    ", " " * 9, "the", " the", " tokenizer", "Text", "'ll", "e",
+    "\u0301", "\u0323", "\u0338", "\u00e9", "\u1100", "\u1161", "\u4f60", "\u05d0", "\u00bd", "\U0001f469", "\u200d",
+    "\x00", "\x7f", "<|endoftext|>", "<|padding|>", "<|assistant|>", "<|prompter|>", "### End", "### Response:\n",
+    "### Instruction:", "</s>", "<sep>", "<a  b>", "\t\t", "caf\u00e9", "cafe\u0301",
+]
+RUNS = [" " * n for n in range(8, 1, -1)]
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+A = {"Sequence": {"id": "A", "type_id": 0}}
+B = {"Sequence": {"id": "B", "type_id": 1}}
 
 
-VARIANTS = {
-    "no normalizer": lambda spec: spec.update(normalizer=None),
-    "other normalizer": lambda spec: spec.update(normalizer={"type": "NFKC"}),
-    "prefix space": lambda spec: spec["pre_tokenizer"].update(add_prefix_space=True),
-    "whole lines": lambda spec: spec["pre_tokenizer"].update(use_regex=False),
-    "word added": add_word(),
-    "special word added": add_word(special=True),
-    "word that takes spaces": add_word(lstrip=True),
-    "merge missing": lambda spec: spec["model"]["merges"].pop(0),
-    "other order of merges": lambda spec: spec["model"]["merges"].reverse(),
-}
+def random_texts(n, seed=0):
+    rng = random.Random(seed)
+    return ["".join(rng.choices(PIECES, k=rng.randint(1, 30))) for _ in range(n)]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_other_tokenizer_is_encoded_like_the_library_or_refused(variant, real_tokenizer, tmp_path):
-    spec = json.loads(real_tokenizer.read_text(encoding="utf-8"))
-    VARIANTS[variant](spec)
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(spec), encoding="utf-8")
-    try:
-        loaded = Tokenizer.load(str(path))
-    except UserError as error:
-        assert str(path) in str(error)
-        return
+def train(*special):
+    """The library's byte-level BPE of 700 tokens, learned from this file; `special` tokens come first."""
+    library = library_module.Tokenizer(models.BPE())
+    library.normalizer = normalizers.NFC()
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.post_processor = processors.ByteLevel(trim_offsets=True)
+    library.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+    )
+    library.train_from_iterator(Path(__file__).read_text(encoding="utf-8").splitlines(), trainer)
+    return library
+
+
+def pythia():
+    library = train("<|endoftext|>", "<|padding|>")
+    library.add_tokens([AddedToken(run, normalized=True) for run in RUNS])
+    return library
+
+
+def gpt2():
+    """EOS last, and the library's older words: no model.type, empty texts for null."""
+    library = train()
+    library.normalizer = None
+    library.add_special_tokens([AddedToken("<|endoftext|>", normalized=True)])
+    spec = json.loads(library.to_str())
+    del spec["model"]["type"], spec["model"]["byte_fallback"], spec["model"]["ignore_merges"]
+    spec["model"].update(continuing_subword_prefix="", end_of_word_suffix="")
+    spec["model"]["merges"] = [" ".join(merge) for merge in spec["model"]["merges"]]
+    spec["post_processor"] = {**BYTE_LEVEL, "add_prefix_space": True, "trim_offsets": False}
+    return spec
+
+
+def dolly():
+    library = pythia()
+    library.add_special_tokens(["### End", "### Instruction:", "### Response:\n"])
+    return library
+
+
+def openassistant():
+    library = pythia()
+    library.add_special_tokens(["<|prompter|>", AddedToken("<|system|>", lstrip=True, single_word=True)])
+    library.add_tokens([AddedToken("<|assistant|>", normalized=True), AddedToken("<sep>", normalized=True)])
+    return library
+
+
+def other_eos():
+    library = train("<s>", "</s>")
+    library.add_tokens([AddedToken("\t\t", normalized=True)])
+    return library
+
+
+def overlaps():
+    """Special tokens, which stay text, around and beside others."""
+    library = pythia()
+    library.add_special_tokens([AddedToken("<a  b>", normalized=True), AddedToken("# ", normalized=True)])
+    library.add_special_tokens([AddedToken("a   ", normalized=False)])
+    library.add_tokens([AddedToken("the<", normalized=True)])
+    return library
+
+
+def edit(**parts):
+    """Pythia's with other parts."""
+    return lambda: {**json.loads(pythia().to_str()), **parts}
+
+
+# name: what makes the tokenizer, the files beside it, and its EOS token
+KINDS = {
+    "Pythia": (pythia, {}, "<|endoftext|>"),
+    "GPT-2": (gpt2, {"tokenizer_config.json": {"model_max_length": 1024}}, "<|endoftext|>"),
+    "Dolly": (dolly, {"tokenizer_config.json": {"eos_token": "<|endoftext|>"}}, "<|endoftext|>"),
+    "Dolly that ends": (dolly, {"tokenizer_config.json": {"eos_token": "### End"}}, "### End"),
+    "OpenAssistant": (openassistant, {"special_tokens_map.json": {"eos_token": "<|endoftext|>"}}, "<|endoftext|>"),
+    "EOS named": (other_eos, {"tokenizer_config.json": {"eos_token": "</s>", "add_bos_token": False}}, "</s>"),
+    "EOS as a dict": (other_eos, {"tokenizer_config.json": {"eos_token": {
+        "__type": "AddedToken", "content": "</s>", "lstrip": False, "normalized": False, "rstrip": False,
+        "single_word": False}}}, "</s>"),
+    "EOS in the map": (other_eos, {"tokenizer_config.json": {"eos_token": None},
+                                   "special_tokens_map.json": {"eos_token": {"content": "</s>"}}}, "</s>"),
+    "EOS named twice": (pythia, {"tokenizer_config.json": {"eos_token": "<|padding|>"},
+                                 "special_tokens_map.json": {"eos_token": "<|endoftext|>"}}, "<|padding|>"),
+    "overlaps": (overlaps, {}, "<|endoftext|>"),
+    "no normalizer": (edit(normalizer=None), {}, "<|endoftext|>"),
+    "NFC in a Sequence": (edit(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFC"}]}), {},
+                          "<|endoftext|>"),
+    "empty Sequence": (edit(normalizer={"type": "Sequence", "normalizers": []}), {}, "<|endoftext|>"),
+    "ByteLevel in a Sequence": (edit(pre_tokenizer={"type": "Sequence", "pretokenizers": [BYTE_LEVEL]}), {},
+                                "<|endoftext|>"),
+    "template of the text": (edit(post_processor={"type": "TemplateProcessing", "single": [A], "pair": [A, B],
+                                                  "special_tokens": {}}), {}, "<|endoftext|>"),
+    "no post-processor": (edit(post_processor=None), {}, "<|endoftext|>"),
+    "truncation": (edit(truncation={"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
+                        padding={"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None,
+                                 "pad_id": 1, "pad_type_id": 0, "pad_token": "<|padding|>"}), {}, "<|endoftext|>"),
+}  # fmt: skip
+
+
+def write_tokenizer(directory, made, beside):
+    """Write what the library, or a dict, says, and files beside it; return the path."""
+    text = json.dumps(made) if isinstance(made, dict) else made.to_str()
+    (directory / "tokenizer.json").write_text(text, encoding="utf-8")
+    for name, values in beside.items():
+        (directory / name).write_text(json.dumps(values), encoding="utf-8")
+    return directory / "tokenizer.json"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kind_of_tokenizer_matches_library(kind, tmp_path):
+    make, beside, eos_token = KINDS[kind]
+    path = write_tokenizer(tmp_path, make(), beside)
     oracle = library_module.Tokenizer.from_file(str(path))
     oracle.encode_special_tokens = True
-    assert_same([*WORDS, "a <sep>b  <sep>", "the  then in", "line one\n\nline  two"], loaded, oracle)
+    oracle.no_truncation()
+    oracle.no_padding()
+
+    loaded = Tokenizer.load(str(tmp_path))
+    assert (loaded.eos_token, loaded.eos_id) == (eos_token, oracle.token_to_id(eos_token))
+    assert loaded.n_vocab == oracle.get_vocab_size()
+    texts = WORDS + SPECIAL + random_texts(3000)
+    assert_same(texts, loaded, oracle)
+
+    special = {id for id, token in oracle.get_added_tokens_decoder().items() if token.special}
+    assert sorted(loaded.vocabulary) == sorted(oracle.get_vocab().values())
+    for id, token in loaded.vocabulary.items():
+        text = token if id in special else token.decode("utf-8", errors="replace")
+        assert text == oracle.decode([id], skip_special_tokens=False)
+    for text in texts[:500]:
+        ids = oracle.encode(text).ids
+        assert loaded.decode([*special, *ids, loaded.eos_id]) == oracle.decode(ids)
+
+
+def test_added_token_in_another_normal_form_is_found(tmp_path):
+    made = pythia()
+    made.add_tokens([AddedToken("cafe\u0301", normalized=True), AddedToken("e\u0301\u0323", normalized=True)])
+    loaded = Tokenizer(str(write_tokenizer(tmp_path, made, {})))
+    made.encode_special_tokens = True
+    assert made.token_to_id("cafe\u0301") in loaded.encode("a caf\u00e9")
+    assert loaded.decode(loaded.encode("a caf\u00e9")) == "a caf\u00e9"
+    assert_same(random_texts(1000), loaded, made)
+
+
+def test_eos_that_tokenizer_json_does_not_call_special(tmp_path):
+    """Once it is named it is special, as it is to transformers: no text is encoded to it, or decoded from it."""
+    made = pythia()
+    made.add_tokens([AddedToken("<sep>", normalized=True)])
+    named = {"tokenizer_config.json": {"eos_token": "<sep>"}}
+    loaded = Tokenizer.load(str(write_tokenizer(tmp_path, made, named)))
+    assert loaded.eos_id == made.token_to_id("<sep>")
+    assert loaded.eos_id not in loaded.encode("a<sep>b <sep>")
+    assert loaded.decode([*loaded.encode("a"), loaded.eos_id]) == "a"
+    assert loaded.vocabulary[loaded.eos_id] == "<sep>"
+
+    # In the vocabulary alone
+    spec = json.loads(train("<|endoftext|>", "</s>").to_str())
+    del spec["added_tokens"][1]
+    named = {"tokenizer_config.json": {"eos_token": "</s>"}}
+    loaded = Tokenizer.load(str(write_tokenizer(tmp_path, spec, named)))
+    assert loaded.eos_id == 1
+    assert 1 not in loaded.encode("</s> a</s>")
+    assert loaded.vocabulary[1] == "</s>"
+
+
+def test_eos_is_that_of_transformers(tmp_path):
+    """With added_tokens_decoder, which it has written since 4.34: without it the other file goes before this one."""
+    transformers = pytest.importorskip("transformers")
+    added = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": {}}
+    for number, kind in enumerate(["Dolly that ends", "EOS named", "EOS as a dict", "EOS named twice"]):
+        make, beside, _ = KINDS[kind]
+        beside = {**beside, "tokenizer_config.json": {**beside["tokenizer_config.json"], **added}}
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        write_tokenizer(directory, make(), beside)
+        oracle = transformers.AutoTokenizer.from_pretrained(str(directory))
+        loaded = Tokenizer.load(str(directory))
+        assert (loaded.eos_token, loaded.eos_id) == (oracle.eos_token, oracle.eos_token_id)
+
+
+def test_vocabularies_are_equal_if_ids_mean_the_same(tmp_path):
+    made = {
+        "plain": pythia(),
+        "other file": {**json.loads(pythia().to_str()), "truncation": None, "decoder": None},
+        "another token": dolly(),
+        "another name": train("<|endoftext|>", "<|pad|>"),
+        "other merges": train("<|endoftext|>", "<|padding|>"),
+    }
+    made["special no more"] = json.loads(pythia().to_str())
+    made["special no more"]["added_tokens"][1].update(special=False, normalized=True)
+    found = {}
+    for name, tokenizer in made.items():
+        directory = tmp_path / name
+        directory.mkdir()
+        found[name] = Tokenizer(str(write_tokenizer(directory, tokenizer, {}))).vocabulary
+    equal = [name for name in found if found[name] == found["plain"]]
+    assert equal == ["plain", "other file"]
+
+
+SPECIAL_FIRST = [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, A]
+TEMPLATE = {"type": "TemplateProcessing", "single": SPECIAL_FIRST, "pair": [A, B],
+            "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}}
+ROBERTA = {"type": "RobertaProcessing", "sep": ["<|endoftext|>", 0], "cls": ["<|endoftext|>", 0],
+           "trim_offsets": True, "add_prefix_space": False}
+DIGITS = {"type": "Digits", "individual_digits": True}
+
+
+def add(**flags):
+    word = dict(id=707, content="<sep>", single_word=False, lstrip=False, rstrip=False, normalized=True, special=False)
+    return lambda spec: spec["added_tokens"].append({**word, **flags})
+
+
+def rename(spec, token, other):
+    vocab = spec["model"]["vocab"]
+    spec["model"]["vocab"] = {other if text == token else text: id for text, id in vocab.items()}
+
+
+# what is changed in Pythia's kind: the change, and what the message says of it
+REFUSED = {
+    "BOS by a template": (lambda spec: spec.update(post_processor=TEMPLATE), "post_processor adds tokens .*BOS"),
+    "BOS in a Sequence": (lambda spec: spec.update(post_processor={"type": "Sequence",
+                          "processors": [BYTE_LEVEL, TEMPLATE]}), "post_processor adds tokens"),
+    "the text twice": (lambda spec: spec.update(post_processor={**TEMPLATE, "single": [A, A]}), "post_processor adds"),
+    "RoBERTa's ends": (lambda spec: spec.update(post_processor=ROBERTA), "post_processor.type is 'RobertaProcessing'"),
+    "dropout": (lambda spec: spec["model"].update(dropout=0.5), "model.dropout is 0.5, supported is None"),
+    "prefix of parts": (lambda spec: spec["model"].update(continuing_subword_prefix="#"), "continuing_.* is '#'"),
+    "suffix of words": (lambda spec: spec["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix is '</w>'"),
+    "ignore_merges": (lambda spec: spec["model"].update(ignore_merges=True), "model.ignore_merges is True"),
+    "byte_fallback": (lambda spec: spec["model"].update(byte_fallback=True), "model.byte_fallback is True"),
+    "Unigram": (lambda spec: spec.update(model={"type": "Unigram", "unk_id": 0, "vocab": [["a", -1.0]]}),
+                "model.type is 'Unigram', supported is 'BPE'"),
+    "WordPiece": (lambda spec: spec.update(model={"type": "WordPiece", "unk_token": "a", "vocab": {"a": 0},
+                  "continuing_subword_prefix": "##", "max_input_chars_per_word": 9}), "model.type is 'WordPiece'"),
+    "NFKC": (lambda spec: spec.update(normalizer={"type": "NFKC"}), "normalizer.type is 'NFKC', supported is 'NFC'"),
+    "lower case": (lambda spec: spec.update(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"},
+                   {"type": "Lowercase"}]}), "normalizer.type is 'Lowercase'"),
+    "digits": (lambda spec: spec.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]}),
+               "pre_tokenizer.type is 'Digits', supported is 'ByteLevel'"),
+    "bytes twice": (lambda spec: spec.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [BYTE_LEVEL] * 2}),
+                    "pre_tokenizer is not one ByteLevel"),
+    "no bytes": (lambda spec: spec.update(pre_tokenizer=None), "pre_tokenizer is not one ByteLevel"),
+    "prefix space": (lambda spec: spec["pre_tokenizer"].update(add_prefix_space=True), "add_prefix_space is True"),
+    "whole lines": (lambda spec: spec["pre_tokenizer"].update(use_regex=False), "use_regex is False, supported is"),
+    "token of a word": (add(single_word=True), "'<sep>' is neither special nor plain"),
+    "token that takes spaces": (add(lstrip=True), "'<sep>' is neither special nor plain"),
+    "token before NFC": (add(normalized=False), "'<sep>' is neither special nor plain, normalized"),
+    "token of another id": (add(id=709), "'<sep>' has not the library's id 707"),
+    "token without text": (add(content=""), "the added token '' has not"),
+    "token that is a byte": (add(content="a", id=66), "no token for the byte 97, or it is an added one"),
+    "token that is a word": (lambda spec: add(content="the", id=spec["model"]["vocab"]["the"])(spec), "one merge"),
+    "byte missing": (lambda spec: rename(spec, "\u00c3", "\u00c3\u00c3"), "no token for the byte 195"),
+    "merge missing": (lambda spec: spec["model"]["merges"].pop(), "each longer token needs one merge"),
+    "merge twice": (lambda spec: spec["model"]["merges"].append(spec["model"]["merges"][0]), "needs one merge"),
+    "merges reversed": (lambda spec: spec["model"]["merges"].reverse(), "in the order of the ids"),
+    "id twice": (lambda spec: spec["model"]["vocab"].update({"<|padding|>": 0}), "id"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_what_the_library_would_encode_otherwise_is_refused(change, tmp_path):
+    spec = json.loads(pythia().to_str())
+    edit_spec, message = REFUSED[change]
+    edit_spec(spec)
+    path = write_tokenizer(tmp_path, spec, {})
+    with pytest.raises(UserError, match=message) as error:
+        Tokenizer(str(path))
+    line = str(error.value)
+    assert line.startswith(f"{path}: only plain byte-level BPE as Pythia's or GPT-2's is supported; use another model")
+    for word in ("Error", "NoneType", "True, True"):
+        assert word not in line
+
+
+def test_missing_eos_is_named(tmp_path):
+    path = write_tokenizer(tmp_path, train("<s>", "</s>"), {})
+    with pytest.raises(UserError) as error:
+        Tokenizer(str(path))
+    mend = "name one as eos_token in tokenizer_config.json beside it"
+    assert str(error.value) == f"{path}: no EOS token '<|endoftext|>'; special tokens: '<s>', '</s>'; {mend}"
+    write_tokenizer(tmp_path, train(), {"tokenizer_config.json": {"eos_token": "<eos>"}})
+    with pytest.raises(UserError, match="no EOS token '<eos>'; special tokens: none; name"):
+        Tokenizer(str(path))
+
+
+@pytest.mark.parametrize("key", ["add_bos_token", "add_prefix_space"])
+def test_ids_changed_by_the_file_beside_are_refused(key, tmp_path):
+    write_tokenizer(tmp_path, pythia(), {"tokenizer_config.json": {"eos_token": "<|endoftext|>", key: True}})
+    with pytest.raises(UserError, match=f"tokenizer_config.json: {key} gives other ids; set it to false"):
+        Tokenizer.load(str(tmp_path))
+
+
+def test_damaged_files_beside_are_refused_or_read(tmp_path):
+    """Odd values, also in the place of the whole file, and bytes that are no JSON."""
+    write_tokenizer(tmp_path, pythia(), {})
+    odd = [None, True, 0, 1, -1.5, 10**30, "", "a", "\ud800", "</s>", [], ["</s>"], {}, {"content": None}]
+    odd += [{"content": 5}, {"content": {"content": "a"}}, {"content": "<|padding|>"}, "<|padding|>"]
+    contents = [json.dumps(value).encode() for value in odd]
+    contents += [json.dumps({"eos_token": value}).encode() for value in odd]
+    contents += [json.dumps({"add_bos_token": value}).encode() for value in odd]
+    contents += [b"", b"{", b'{"eos_token": "\xff"}', b"\x00", b"[" * 3000]
+    seen = {"loaded": 0, "refused": 0}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        for content in contents:
+            (tmp_path / name).write_bytes(content)
+            try:
+                loaded = Tokenizer.load(str(tmp_path))
+                assert loaded.vocabulary[loaded.eos_id] == loaded.eos_token
+                seen["loaded"] += 1
+            except UserError as error:
+                assert str(tmp_path) in str(error) and len(str(error).splitlines()) == 1
+                seen["refused"] += 1
+        (tmp_path / name).unlink()
+    assert min(seen.values()) > 30
+
+
+def test_text_beyond_the_limit_is_an_error(tokenizer, real_tokenizer):
+    limited = Tokenizer(str(real_tokenizer))
+    assert limited.max_characters == 900_000
+    limited.max_characters = 12
+    assert limited.encode("twelve signs") == tokenizer.encode("twelve signs")
+    with pytest.raises(UserError, match="a text has 13 characters, the limit is 12; split it or leave it out"):
+        limited.encode("twelve signs.")
+
+
+# ---- bench/tokenizer_all.py, in small --------------------------------------------------------------------
+
+
+def test_code_points_in_all_contexts_match_library(real_tokenizer):
+    """Differences are of marks that Python's tables of Unicode know and the library's do not."""
+    comparison = Comparison(str(real_tokenizer))
+    codes = random.Random(0).sample(CODES, 3000)
+    for context in CONTEXTS.values():
+        _, n_unexplained = comparison.differences(context, codes)
+        assert n_unexplained == 0
+    assert len(CODES) == 1_112_064
+    assert len(CONTEXTS) == 10
+    assert all(unicodedata.combining(chr(code)) for code in comparison.explained)
+
+
+def test_code_points_of_a_tokenizer_without_normalizer_match_library(tmp_path):
+    comparison = Comparison(str(write_tokenizer(tmp_path, gpt2(), {})))
+    codes = random.Random(1).sample(CODES, 1000)
+    for context in CONTEXTS.values():
+        assert comparison.differences(context, codes) == (0, 0)
+
+
+def test_a_difference_is_counted_and_explained_only_by_nfc(tmp_path):
+    """The library is given another file's rules."""
+    comparison = Comparison(str(write_tokenizer(tmp_path, pythia(), {})))
+    comparison.library = library_module.Tokenizer.from_str(json.dumps(gpt2()))
+    assert comparison.differences("{}", [ord("\u212b"), ord("a")]) == (2, 2)
+    comparison.library = train("<|endoftext|>", "<|padding|>")
+    comparison.library.normalizer = normalizers.NFD()
+    assert comparison.differences("{}", [ord("\u00e9"), ord("a")]) == (1, 0)
+    assert comparison.explained == {ord("\u00e9")}
+
+
+def test_merges_of_a_trained_tokenizer_are_made_alike(real_tokenizer, tmp_path):
+    assert merges_made_otherwise(str(real_tokenizer)) == []
+    assert merges_made_otherwise(str(write_tokenizer(tmp_path, gpt2(), {}))) == []
+
+
+def test_merge_that_the_library_never_makes_is_found(tmp_path):
+    """"bc" is merged before "ab": in the library no text becomes "abc", which tiktoken takes as it is a token."""
+    spec = json.loads(train("<|endoftext|>").to_str())
+    symbols = list(spec["model"]["vocab"])[:257]
+    tokens = [*symbols, "bc", "ab", "abc", "aa", "aaa"]
+    merges = [["b", "c"], ["a", "b"], ["ab", "c"], ["a", "a"], ["a", "aa"]]
+    spec["model"].update(vocab={token: id for id, token in enumerate(tokens)}, merges=merges)
+    path = write_tokenizer(tmp_path, spec, {})
+    assert merges_made_otherwise(str(path)) == ["abc", "aaa"]
+    oracle = library_module.Tokenizer.from_file(str(path))
+    assert oracle.encode("abc").tokens == ["a", "bc"]
+    assert oracle.encode("aaa").tokens == ["aa", "a"]
 
 
 # ---- format_query ----------------------------------------------------------------------------------------
