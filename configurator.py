@@ -6,6 +6,7 @@ Precedence: dataclass defaults < config files from left to right < --key=value. 
 and is executed, so run only those you trust; each of its assignments must be a field of the stage's
 Config (names that begin with an underscore are the file's own). Values on the command line are never
 evaluated: the field's type reads them. An unknown key or a wrong type stops the run before it starts.
+Hyphens in keys are read as underscores.
 """
 
 import ast
@@ -44,6 +45,23 @@ RANGES = {
     Share: Range(0, 1, "float from 0 and below 1"),
     Signed: Range(-sys.float_info.max, inf, "finite float"),
 }
+
+
+# Names that transformers and TRL have for fields of ours. Those that look alike are left out: `field_of` finds them.
+OTHER_NAMES = dict(
+    model_name_or_path="model", sft_model_path="model", model_revision="model=id@revision",
+    dataset_name="data", dataset_test_split="eval_split", max_prompt_length="max_query_tokens",
+    max_new_tokens="response_length", max_completion_length="response_length",
+    learning_rate="lr", warmup_ratio="warmup_steps = ratio x updates", bf16="dtype=bfloat16",
+    ref_model="reference", completion_only_loss="loss_on=response",
+    per_device_train_batch_size="micro_batch_size, rows per process and pass (batch_size counts all)",
+    gradient_accumulation_steps="batch_size, which counts all micro-batches and processes",
+    num_train_epochs="episodes = epochs x rows", max_steps="episodes = steps x batch_size",
+    num_generations="group_size", num_iterations="n_epochs", epsilon="cliprange", beta="kl_coef",
+    missing_eos_penalty="missing_eos_score, which replaces the score",
+    eval_steps="eval_every", save_steps="save_every", save_total_limit="keep_checkpoints",
+    resume_from_checkpoint="out_dir, from which the same command goes on",
+)  # fmt: skip
 
 
 class UserError(SystemExit):
@@ -88,6 +106,9 @@ def configure(Config, argv=None):
         print(describe(Config))
         sys.exit(0)
 
+    for before, argument in zip(["", *argv], argv):
+        check_form(before, argument)
+
     values = {field.name: field.default for field in dataclasses.fields(Config)}
     # Options win over files, wherever they stand.
     for argument in sorted(argv, key=lambda argument: argument.startswith("-")):
@@ -96,11 +117,21 @@ def configure(Config, argv=None):
     return Config(**values)
 
 
+def check_form(before, argument):
+    """Raise a UserError for what is neither an option nor a .py file: a value after a space, dashes left out."""
+    form = "--key=value, --flag or config/x.py"
+    if re.fullmatch("--[^=]+", before):
+        form = f"{before}={argument}"
+    elif "=" in argument:
+        form = "--" + argument.lstrip("-")
+    fits = argument.startswith("--") or argument.endswith(".py")
+    require(fits, f"command line: {argument!r} is neither an option nor a .py file; write {form}")
+
+
 def read_file(Config, path, values):
     """Run a config file, which can read the `values` so far; return what holds after it: {field: value}."""
     names = dict(values)
-    unreadable = f"config file {path} cannot be read, give a .py file; or is it a value? --key=value"
-    with explain(unreadable, OSError):
+    with explain(f"config file {path} cannot be read", OSError):
         text = Path(path).read_bytes()
     with explain(f"config file {path}: write one `key = value` per line", Exception, SystemExit):
         tree = ast.parse(text, path)
@@ -123,20 +154,27 @@ def read_file(Config, path, values):
 
 def read_option(Config, argument, values):
     """--key=value, or --flag alone -> {key: value}."""
-    match = re.fullmatch(r"--([A-Za-z]\w*)(?:=(.*))?", argument, re.DOTALL)
+    match = re.fullmatch(r"--([A-Za-z][\w-]*)(?:=(.*))?", argument, re.DOTALL)
     require(match, f"{argument}: not an option; write --key=value (or --flag)")
     key, text = match.groups()
-    field = field_of(Config, key, "command line")
-    return {key: parse(field, text)}
+    field = field_of(Config, key.replace("-", "_"), "command line")
+    return {field.name: parse(field, text)}
 
 
 def field_of(Config, key, where):
-    """The field named `key`; an unknown key is an error that names the nearest ones."""
+    """The field named `key`; an unknown key is an error that names what may be meant."""
     fields = {field.name: field for field in dataclasses.fields(Config)}
-    if key not in fields:
-        near = ", ".join(difflib.get_close_matches(key, fields, n=3, cutoff=0.4) or sorted(fields))
-        raise UserError(f"{where}: unknown key '{key}'; did you mean {near}? (--help lists all keys)")
-    return fields[key]
+    if key in fields:
+        return fields[key]
+
+    near = difflib.get_close_matches(key, fields)
+    meant = OTHER_NAMES.get(key, " or ".join(near))
+
+    line = f"{where}: unknown key '{key}'"
+    # What the other name stands for may be a field of other stages alone.
+    if re.match(r"\w*", meant)[0] in fields:
+        line += f"; did you mean {meant}?"
+    raise UserError(f"{line} (--help lists all keys)")
 
 
 def parse(field, text):
@@ -150,7 +188,10 @@ def parse(field, text):
     if kind_of(field) in (int, float):
         # What is no number stays a text, which `check` then refuses by name.
         with contextlib.suppress(ValueError):
-            value = kind_of(field)(text)
+            value = float(text)
+            # An int may be written as 1e4; a float holds every int that is in range.
+            if kind_of(field) is int and value.is_integer():
+                value = int(value)
     return check(field, value)
 
 
@@ -176,7 +217,6 @@ def check(field, value, where="command line"):
     wrong = f"takes {words}, got {type(value).__name__} ({value!r}); write for example {field.default!r}"
     require(fits, f"{where}: '{field.name}' {wrong}")
 
-
     choices = get_args(field.type)
     if choices and value not in choices:
         raise UserError(f"{where}: '{field.name}' is {value!r}; use one of {', '.join(choices)}")
@@ -184,15 +224,29 @@ def check(field, value, where="command line"):
 
 
 def describe(Config):
-    """The fields with their defaults and the comments that stand beside them in the source."""
-    comment = re.compile(r"^\s+(\w+)\s*:.*?\s{2}#\s(.*)$", re.MULTILINE)
+    """What --help prints: a launch line, and the fields in groups, with their defaults, choices and comments."""
+    # Headings and comments stand in the source; a field stays in the group of the class that has it first.
+    line = re.compile(r"^ +(?:# -+ (.*)|(\w+) *:.*?(?:  # (.*))?)$", re.MULTILINE)
+    headings = {}
     comments = {}
-    for cls in reversed(Config.__mro__):
-        if dataclasses.is_dataclass(cls):
-            comments.update(comment.findall(inspect.getsource(cls)))
+    for cls in reversed(Config.__mro__[:-1]):
+        heading = "of this script"
+        for title, name, comment in line.findall(inspect.getsource(cls)):
+            heading = title or heading
+            headings.setdefault(name, heading)
+            comments[name] = comment or comments.get(name, "")
 
-    lines = ["usage: [config/x.py ...] [--key=value ...]", f"{Config.__module__}.{Config.__name__}"]
+    groups = {}
     for field in dataclasses.fields(Config):
         option = f"--{field.name}={field.default!r}"
-        lines.append(f"{option:44} {comments.get(field.name, '')}")
-    return "\n".join(lines)
+        words = comments[field.name]
+        if get_args(field.type):
+            words = f"[{' | '.join(get_args(field.type))}] {words}"
+        group = groups.setdefault(headings[field.name], [])
+        group.append(f"  {option:44} {words}".rstrip())
+
+    page = ["usage: [config/x.py ...] [--key=value ...]"]
+    page += re.findall(r"^ +python .*", inspect.getmodule(Config).__doc__ or "", re.MULTILINE)[:1]
+    for heading, lines in groups.items():
+        page += ["", heading, *lines]
+    return "\n".join(page)

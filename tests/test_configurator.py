@@ -1,14 +1,16 @@
 """configurator.configure: dataclass < config files from left to right < --key=value, and nothing silent."""
 
+import difflib
 import importlib
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal, get_args
 
 import pytest
 
-from configurator import Count, Positive, Share, Signed, UserError, configure
+from configurator import OTHER_NAMES, Count, Positive, Share, Signed, UserError, configure
 
 
 @dataclass
@@ -30,9 +32,9 @@ def write(tmp_path):
     return write
 
 
-def refusal(argv):
+def refusal(argv, cls=Config):
     with pytest.raises(UserError) as error:
-        configure(Config, argv)
+        configure(cls, argv)
     message = str(error.value)
     assert message
     assert "\n" not in message
@@ -78,6 +80,20 @@ def test_calls_do_not_share_values(write):
     assert configure(Config, []) == Config()
 
 
+@pytest.mark.parametrize(
+    "text, value", [("1e3", 1000), ("2.0", 2), ("2.5e1", 25), ("1_000_000", 10**6), ("9007199254740991", 2**53 - 1)]
+)
+def test_int_from_command_line_may_be_written_as_any_whole_number(text, value):
+    got = configure(Config, [f"--batch_size={text}"]).batch_size
+    assert got == value
+    assert type(got) is int
+
+
+@pytest.mark.parametrize("text", ["1.5", "1e-3", "9007199254740992", "1e300", "1e400", "inf", "nan", "9" * 5000])
+def test_number_that_is_not_whole_or_too_large_is_no_int(text):
+    assert "'batch_size' takes int from 0" in refusal([f"--batch_size={text}"])
+
+
 @pytest.mark.parametrize("text, value", [("1e-5", 1e-5), ("2", 2.0), ("0", 0.0), (".25", 0.25)])
 def test_float_from_command_line(text, value):
     got = configure(Config, [f"--learning_rate={text}"]).learning_rate
@@ -115,6 +131,11 @@ def test_bool_words(word, value, write):
     assert configure(Config, [other, f"--whiten={word}"]).whiten is value
 
 
+def test_hyphens_in_a_key_are_read_as_underscores():
+    """As transformers' HfArgumentParser takes them; a value keeps its own."""
+    assert configure(Config, ["--batch-size=8", "--out_dir=a-b"]) == Config(batch_size=8, out_dir="a-b")
+
+
 def test_config_file_may_calculate_from_earlier_names(write):
     text = (
         "batch_size = 8 * 4 * 2\n\n# a comment\ntotal_episodes = 10 * batch_size\nlearning_rate = 3e-6 / 2\n"
@@ -146,6 +167,67 @@ def test_unknown_key_is_an_error_even_when_a_known_one_follows(write):
     assert "batchsize" in refusal(["--batchsize=1", "--batch_size=2"])
 
 
+def test_key_that_is_near_to_none_gets_no_suggestion(write):
+    assert refusal(["--zzz=1"]) == "command line: unknown key 'zzz' (--help lists all keys)"
+    assert refusal([write("zzz = 1")]).endswith("x.py: unknown key 'zzz' (--help lists all keys)")
+
+
+# (stage, a name of transformers or TRL, what is meant; empty: nothing in this stage)
+TRANSLATED = [
+    ("sft", "learning_rate", "lr"), ("sft", "learning-rate", "lr"), ("sft", "output_dir", "out_dir"),
+    ("sft", "model_name_or_path", "model"), ("sft", "dataset_name", "data"),
+    ("sft", "dataset_train_split", "train_split"),
+    ("sft", "dataset_test_split", "eval_split"), ("sft", "num_train_epochs", "episodes = epochs x rows"),
+    ("sft", "max_steps", "episodes = steps x batch_size"),
+    ("sft", "per_device_train_batch_size", "micro_batch_size, rows"),
+    ("sft", "gradient_accumulation_steps", "batch_size, which"), ("sft", "lr_scheduler_type", "schedule"),
+    ("sft", "warmup_ratio", "warmup_steps = ratio x updates"), ("sft", "bf16", "dtype=bfloat16"),
+    ("sft", "torch_dtype", "dtype"), ("sft", "gradient_checkpointing", "activation_checkpointing"),
+    ("sft", "max_seq_length", "max_length"), ("sft", "eval_steps", "eval_every"), ("ppo", "eval_steps", ""),
+    ("sft", "save_steps", "save_every"), ("sft", "save_total_limit", "keep_checkpoints"), ("sft", "max_new_tokens", ""),
+    ("sft", "completion_only_loss", "loss_on=response"), ("sft", "model_revision", "model=id@revision"),
+    ("sft", "resume_from_checkpoint", "out_dir, from which the same command goes on"), ("sft", "beta", ""),
+    ("rm", "num_train_epochs", "episodes"), ("dpo", "max_prompt_length", "max_query_tokens"),
+    ("dpo", "ref_model", "reference"), ("rm", "ref_model", ""), ("sample", "max_new_tokens", "response_length"),
+    ("ppo", "max_new_tokens", "response_length"), ("ppo", "sft_model_path", "model"),
+    ("ppo", "reward_model_path", "reward_model"), ("ppo", "total_episodes", "episodes"),
+    ("ppo", "num_ppo_epochs", "n_epochs"), ("ppo", "num_train_epochs", "episodes = epochs x rows"),
+    ("ppo", "num_mini_batches", "n_minibatches"), ("ppo", "missing_eos_penalty", "missing_eos_score, which replaces"),
+    ("ppo", "local_rollout_forward_batch_size", "rollout_micro_batch_size"), ("ppo", "init_kl_coef", "kl_coef"),
+    ("variants.grpo", "num_generations", "group_size"), ("variants.grpo", "max_completion_length", "response_length"),
+    ("variants.grpo", "num_iterations", "n_epochs"), ("variants.grpo", "epsilon", "cliprange"),
+    ("variants.grpo", "beta", "kl_coef"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stage, name, meant", TRANSLATED)
+def test_name_of_another_library_is_answered_with_ours(stage, name, meant, write):
+    cls = importlib.import_module(stage).Config
+    key = name.replace("-", "_")
+    for argv in ([f"--{name}=1"], [write(f"{key} = 1")]):
+        message = refusal(argv, cls)
+        words = r" \(--help"
+        if meant:
+            words = rf"; did you mean {meant}\b"
+        assert re.search(f"unknown key '{key}'{words}", message)
+
+
+STAGES = ["sft", "rm", "ppo", "dpo", "sample", "evals.winrate"]
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_other_name_stands_for_a_field_that_looks_unlike_it(name):
+    keys = {stage: [field.name for field in fields(importlib.import_module(stage).Config)] for stage in STAGES}
+    meant = OTHER_NAMES[name]
+    ours = re.match(r"\w+", meant).group()
+    having = [stage for stage in STAGES if ours in keys[stage]]
+    assert having
+    for stage in having:
+        assert name not in keys[stage]
+    # What the nearest names say by themselves needs no entry.
+    assert any(difflib.get_close_matches(name, keys[stage]) != [meant] for stage in having)
+
+
 WRONG_IN_FILE = [
     ("batch_size", "'ten'", "int", "str"), ("batch_size", "1.5", "int", "float"),
     ("batch_size", "2.0", "int", "float"), ("batch_size", "True", "int", "bool"),
@@ -166,9 +248,9 @@ def test_wrong_type_in_a_file_names_field_and_both_types(key, literal, wanted, g
 @pytest.mark.parametrize(
     "key, text, wanted",
     [
-        ("batch_size", "ten", "int"), ("batch_size", "1.5", "int"), ("batch_size", "2.0", "int"),
-        ("batch_size", "True", "int"), ("batch_size", "1e3", "int"), ("learning_rate", "fast", "float"),
-        ("learning_rate", "True", "float"), ("whiten", "maybe", "bool"), ("whiten", "2", "bool"),
+        ("batch_size", "ten", "int"), ("batch_size", "1.5", "int"), ("batch_size", "True", "int"),
+        ("learning_rate", "fast", "float"), ("learning_rate", "True", "float"), ("whiten", "maybe", "bool"),
+        ("whiten", "2", "bool"),
     ],
 )
 def test_wrong_type_on_the_command_line_names_field_type_and_text(key, text, wanted):
@@ -192,8 +274,34 @@ def test_malformed_argument_is_named(argument):
     assert argument.split("=")[0] in refusal([argument])
 
 
-def test_value_after_a_space_is_refused():
-    refusal(["--learning_rate", "1e-5"])
+SPELLED = [
+    (["--learning_rate", "1e-5"], "'1e-5'", "--learning_rate=1e-5"),
+    (["--dropout", "-1"], "'-1'", "--dropout=-1"),
+    (["--whiten", "True"], "'True'", "--whiten=True"),
+    (["--batch_size=3", "--out_dir", "out/lr=1"], "'out/lr=1'", "--out_dir=out/lr=1"),
+    (["learning_rate=1e-5"], "'learning_rate=1e-5'", "--learning_rate=1e-5"),
+    (["--batch_size=3", "whiten=True"], "'whiten=True'", "--whiten=True"),
+    (["-learning_rate=1e-5"], "'-learning_rate=1e-5'", "--learning_rate=1e-5"),
+    (["-whiten"], "'-whiten'", "--key=value, --flag or config/x.py"),
+    (["config/ppo_1b"], "'config/ppo_1b'", "--key=value, --flag or config/x.py"),
+    ([""], "''", "--key=value, --flag or config/x.py"),
+]
+
+
+@pytest.mark.parametrize("argv, wrong, right", SPELLED)
+def test_another_spelling_is_answered_with_the_right_one(argv, wrong, right):
+    assert refusal(argv) == f"command line: {wrong} is neither an option nor a .py file; write {right}"
+
+
+def test_value_after_a_space_is_not_run_as_a_config_file(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(f"__import__('pathlib').Path({str(tmp_path / 'made')!r}).touch()")
+    assert f"write --out_dir={rows}" in refusal(["--out_dir", str(rows)])
+    assert not (tmp_path / "made").exists()
+
+
+def test_config_file_may_follow_a_flag(write):
+    assert configure(Config, ["--whiten", write("batch_size = 1")]) == Config(whiten=True, batch_size=1)
 
 
 def test_missing_config_file_is_named(tmp_path):
@@ -270,6 +378,67 @@ def test_help_shows_inherited_fields_with_the_comment_that_holds(capsys):
         ("batch_size", "512", "episodes of one update"),
     ]:
         assert any(all(w in line for w in words) for line in lines), words
+
+
+@dataclass
+class Grouped:
+    # ---- the run
+    out_dir: str = "out/run"  # where the run goes
+    # ---- batch
+    batch_size: int = 64  # rows of one update
+
+    # ---- optimizer
+    schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rate
+
+
+@dataclass
+class Stage(Grouped):
+    # ---- loss
+    beta: float = 0.1  # weight; 0: none
+    # ---- batch
+    n_epochs: int = 4
+    # ---- results
+    out_dir: str = ""  # empty: only print
+
+
+@dataclass
+class Variant(Stage):
+    kind: Literal["a"] = "a"
+
+
+def test_help_has_groups_in_the_order_of_the_source_and_choices(capsys):
+    """An inherited group goes on, and a field stays where its base has it."""
+    with pytest.raises(SystemExit):
+        configure(Variant, ["--help"])
+    lines = [re.sub(" +", " ", line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[1:] == [
+        "", "the run", " --out_dir='' empty: only print",
+        "", "batch", " --batch_size=64 rows of one update", " --n_epochs=4",
+        "", "optimizer", " --schedule='cosine' [cosine | constant] of the learning rate",
+        "", "loss", " --beta=0.1 weight; 0: none",
+        "", "of this script", " --kind='a' [a]",
+    ]  # fmt: skip
+
+
+LAUNCHES = {
+    "sft": "python sft.py config/toy_sft.py ", "rm": "python rm.py config/toy_rm.py ",
+    "ppo": "python ppo.py config/toy_ppo.py ", "dpo": "python dpo.py config/toy_dpo.py ",
+    "sample": "python sample.py --model=", "evals.winrate": "python sample.py --judge=",
+    "variants.grpo": "python -m variants.grpo config/toy_ppo.py ",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", LAUNCHES)
+def test_help_of_a_stage_shows_its_launch_line_and_all_choices(stage, capsys):
+    cls = importlib.import_module(stage).Config
+    with pytest.raises(SystemExit):
+        configure(cls, ["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].strip().startswith(LAUNCHES[stage].strip())
+    for field in fields(cls):
+        (line,) = [line for line in lines if line.startswith(f"  --{field.name}=")]
+        if get_args(field.type):
+            assert f"[{' | '.join(get_args(field.type))}]" in line
 
 
 def test_user_error_is_a_quiet_exit():
