@@ -213,8 +213,10 @@ def refuse_merges(words, merges, symbols):
         if symbol not in words and byte not in NEVER_IN_UTF8:
             raise UserError(f"there is no token for the byte {byte}, or it is an added one")
 
-    # A merge is written "a b", or ["a", "b"].
-    merged = ["".join(merge).replace(" ", "") for merge in merges]
+    # A merge is written ["a", "b"], or "a b".
+    if merges and isinstance(merges[0], list):
+        merges = map("".join, merges)
+    merged = [merge.replace(" ", "") for merge in merges]
     longer = [token for token in sorted(words, key=words.get) if token not in symbols]
     require(merged == longer, "each longer token needs one merge, in the order of the ids")
 

@@ -310,7 +310,7 @@ def write_tokenizer(directory, made, beside):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kind_of_tokenizer_matches_library(kind, tmp_path):
+def test_encode_and_decode_match_library_on_other_tokenizers(kind, tmp_path):
     make, beside, eos_token = KINDS[kind]
     path = write_tokenizer(tmp_path, make(), beside)
     oracle = library_module.Tokenizer.from_file(str(path))
@@ -460,7 +460,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("change", REFUSED)
-def test_what_the_library_would_encode_otherwise_is_refused(change, tmp_path):
+def test_other_tokenizer_is_encoded_like_the_library_or_refused(change, tmp_path):
     spec = json.loads(pythia().to_str())
     edit_spec, message = REFUSED[change]
     edit_spec(spec)
