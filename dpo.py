@@ -29,7 +29,7 @@ class Config(TrainConfig):
     model: str = "out/sft_1b/final"  # the SFT model, where the policy starts: hub id or directory
     reference: str = ""  # the frozen reference; empty: the same as model
     # ---- data
-    data: str = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"  # hub id, directory or file with {split}
+    data: str = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"  # hub id, directory or file
     # ---- loss
     beta: Positive = 0.05  # strength of the pull towards the reference
     loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"  # more: variants/dpo_losses.py
@@ -43,19 +43,20 @@ def main(cfg, loss=None):
     loss = loss or pair_loss
     # Called for its errors alone: settings that do not fit are refused before anything is loaded.
     loss(cfg, torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2))
-    world, data = start(cfg, n_responses=2)
+    models = {"model": cfg.model, "reference": cfg.reference or cfg.model}
+    world, data = start(cfg, 2, models, {"loss": loss})
     n_vocab = data.tokenizer.n_vocab
     soft = f"{cfg.data}: DPO does not use soft labels (target); use label_smoothing"
     require(min(data.train["target"]) == 1, soft)
 
     # The reference goes as soon as it has been asked: the policy takes its place in memory.
-    reference = load_model(cfg, world, n_vocab, GPTNeoX, cfg.reference or cfg.model)
+    reference = load_model(cfg, world, data.tokenizer, GPTNeoX, cfg.reference or cfg.model)
     ref_logprobs = predict(cfg, world, n_vocab, reference, data.train)  # (n, 2)
     if data.held_out:
         ref_held_out = predict(cfg, world, n_vocab, reference, data.held_out)
     del reference
 
-    model = load_model(cfg, world, n_vocab, GPTNeoX, cfg.model, trainable=True)
+    model = load_model(cfg, world, data.tokenizer, GPTNeoX, cfg.model, trainable=True)
     run = Run(cfg, world, data, {"model": model})
     for _ in run.updates():
         metrics = update(run, cfg, model, ref_logprobs, loss)

@@ -98,7 +98,8 @@ def sample_token(logits, temperature, uniforms, n_vocab=None):
         probs = F.softmax(logits.float(), dim=-1)  # (B, V)
     else:
         probs = F.softmax(logits.float() / temperature, dim=-1)
-        cdf = probs.cumsum(-1)
+        # In float32 thousands of unlikely ids would add nothing to the sum, and never be drawn.
+        cdf = probs.cumsum(-1, dtype=torch.float64)
         # Up to rounding the CDF ends at 1: scaling by its end keeps every draw inside it.
         end = cdf[:, -1:]
         draws = uniforms[:, None] * end

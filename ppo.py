@@ -66,7 +66,7 @@ import torch.nn.functional as F
 from configurator import Count, Positive, Signed, configure, require
 from data import collate, pick, uniforms
 from evals import scores
-from hub.files import write_jsonl
+from hub.files import split_names, write_jsonl
 from model import GPTNeoX, ScalarModel
 from runtime import Run, TrainConfig, backward, generate_rows, load_model, optimizer_step, stage, start
 
@@ -81,7 +81,7 @@ class Config(TrainConfig):
     reward_model: str = "out/rm_1b/final"  # hub id or directory; a,b,c: the mean of these
     critic: str = ""  # where the critic starts; empty: the (first) reward model, or, if a function scores, `model`
     # ---- data
-    data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # queries: hub id, directory or file with {split}
+    data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # queries: hub id, directory or file (hub/reader.py)
     eval_split: str = ""  # of no use here: sample.py evaluates
     max_length: int = 512  # tokens of a query: posts have been cut to max_query_tokens; a longer query is an error
     # ---- batch
@@ -554,7 +554,15 @@ def main(cfg, score=None, advantages=advantages, token_loss=clipped_surrogate, w
     with_critic                                     False: no critic is there, a batch has no values, and `advantages`
                                                     must be one that does without
     """
-    world, data = start(cfg, n_responses=0, n_minibatches=cfg.n_minibatches)  # of each row the query alone
+    models = {"model": cfg.model, "reference": cfg.reference or cfg.model}
+    if score is None:
+        models["reward_model"] = cfg.reward_model
+    if cfg.critic and with_critic:
+        models["critic"] = cfg.critic
+    functions = {"score": score, "advantages": advantages, "token_loss": token_loss, "before_step": before_step,
+                 "after_update": after_update}  # fmt: skip
+    # Of each row the query alone is read.
+    world, data = start(cfg, 0, models, functions, n_minibatches=cfg.n_minibatches)
     n_vocab = data.tokenizer.n_vocab
     # Beyond these limits the policy would never learn, or no response ever end.
     limits = dict(critic_steps=data.n_updates, truncate_token=n_vocab, truncate_after=cfg.response_length)
@@ -564,14 +572,14 @@ def main(cfg, score=None, advantages=advantages, token_loss=clipped_surrogate, w
     sizes = f"batch_size {cfg.batch_size} must be a multiple of group_size {cfg.group_size}"
     require(cfg.batch_size % cfg.group_size == 0, sizes)
 
-    load = functools.partial(load_model, cfg, world, n_vocab)
+    load = functools.partial(load_model, cfg, world, data.tokenizer)
 
     policy = load(GPTNeoX, cfg.model, trainable=True)
     reference = load(GPTNeoX, cfg.reference or cfg.model)
     if score is None:
         scorer = scores.by_models(cfg, world, data.tokenizer, cfg.reward_model)
     else:
-        scorer = scores.by_function(cfg, world, data.tokenizer, score)
+        scorer = scores.by_function(cfg, world, data, score)
 
     models = {"policy": policy}
     critic = None
@@ -579,7 +587,7 @@ def main(cfg, score=None, advantages=advantages, token_loss=clipped_surrogate, w
         if cfg.critic:
             critic = load(ScalarModel, cfg.critic, trainable=True)
         elif score is None:
-            critic = load(ScalarModel, cfg.reward_model.split(",")[0], trainable=True)
+            critic = load(ScalarModel, split_names(cfg.reward_model)[0], trainable=True)
         else:
             critic = load(ScalarModel, cfg.model, trainable=True, new_head=True)
         models["critic"] = critic

@@ -25,15 +25,18 @@ from evals.tables import accuracy_table, report
 from model import ScalarModel
 from runtime import Run, TrainConfig, backward, load_model, load_split, optimizer_step, stage, start
 
+TLDR_PAIRS = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"
+TLDR_POSTS = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"
+
 
 @dataclass
 class Config(TrainConfig):
     # ---- models
     model: str = "out/sft_1b/final"  # the SFT model: hub id or directory
     # ---- data
-    data: str = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"  # hub id, directory or file with {split}
+    data: str = TLDR_PAIRS  # hub id, directory or file (hub/reader.py)
     # ---- reward
-    normalize_data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # its references get mean reward 0
+    normalize_data: str = "auto"  # its responses get mean reward 0; auto: TL;DR's for TL;DR, or `data`'s; empty: none
     normalize_std: bool = False  # also scale them to deviation 1, before training and after (arXiv:1909.08593)
     # ---- loss
     target_clamp: float = 0.5  # keep target probabilities within 0.5 -+ this (arXiv:2212.08073: 0.1); 0.5: as they are
@@ -42,12 +45,12 @@ class Config(TrainConfig):
 
 @stage
 def main(cfg):
-    world, data = start(cfg, n_responses=2, ranked=True)
+    world, data = start(cfg, 2, {"model": cfg.model}, {}, ranked=True)
     tokenizer = data.tokenizer
     references = None
     if cfg.normalize_data:
-        references = load_split(cfg, world, tokenizer, cfg.normalize_data, cfg.train_split, n_responses=1)
-    model = load_model(cfg, world, tokenizer.n_vocab, ScalarModel, cfg.model, trainable=True, new_head=True)
+        references = load_split(cfg, world, tokenizer, reference_source(cfg), cfg.train_split, n_responses=1)
+    model = load_model(cfg, world, tokenizer, ScalarModel, cfg.model, trainable=True, new_head=True)
     run = Run(cfg, world, data, {"model": model})
     for step in run.updates():
         # Gain and bias are set on the new head as well, before it learns. (A resumed run has no step 0.)
@@ -74,6 +77,13 @@ def main(cfg):
         details.update(eos_rewards(run, cfg, model, some))
     report(run, metrics, table, details)
     run.export(model)
+
+
+def reference_source(cfg):
+    """The data whose (chosen) responses have mean reward 0 after training."""
+    if cfg.normalize_data != "auto":
+        return cfg.normalize_data
+    return TLDR_POSTS if cfg.data == TLDR_PAIRS else cfg.data
 
 
 def update(run, cfg, model):

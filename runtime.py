@@ -8,7 +8,6 @@ All randomness is a function of the seed and of where in the run it is drawn: th
 """
 
 import math
-import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +19,16 @@ from tqdm import tqdm
 from configurator import Count, Share, UserError, check, require
 from data import batch_indices, load_rows
 from distributed.checkpoint import open_directory, resume, save_checkpoint
+from distributed.inputs import check_inputs
 from distributed.optimizer import backward, make_optimizer, optimizer_step  # noqa: F401
 from distributed.processes import Done, Signals, World, stage  # noqa: F401
 from distributed.sharding import generate_rows, keep_whole, load_model  # noqa: F401
-from hub.files import move, write_jsonl
+from hub.companions import write_companions
+from hub.config import GPTNeoXConfig
+from hub.files import expand, move, split_names, write_jsonl
+from hub.reader import has_split
 from hub.tokenizer import Tokenizer
+from hub.weights import find_model
 
 
 @dataclass
@@ -37,6 +41,7 @@ class RunConfig:
     accept_changes: bool = False  # go on in an out_dir that holds a run with another configuration
     # ---- data
     max_query_tokens: Count = 512  # posts are cut to this (arXiv:2403.17031 detail 2.2); articles to no less than 1919
+    too_long: Literal["stop", "drop", "cut"] = "stop"  # rows longer than max_length, or the model; cut: their responses
     # ---- processes and memory
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; auto: bfloat16 on cuda; the masters are float32
@@ -48,6 +53,7 @@ class RunConfig:
     def __post_init__(self):
         for field in fields(self):
             check(field, getattr(self, field.name), type(self).__qualname__)
+        self.out_dir = expand(self.out_dir)
 
 
 @dataclass
@@ -57,7 +63,7 @@ class TrainConfig(RunConfig):
     # ---- data
     train_split: str = "train"  # the rows to train on
     eval_split: str = "validation"  # empty: no evaluation
-    max_length: int = 638  # tokens of query + response; a longer row is an error; 0: any
+    max_length: int = 638  # tokens of query + response; 0: as many as the model takes
     # ---- batch
     episodes: int = 0  # rows in the whole run, shuffled anew in each epoch; 0: every row once
     batch_size: Count = 64  # rows per update, over all processes
@@ -96,25 +102,23 @@ class Data:
     n_updates: int
 
 
-def start(cfg, n_responses, tokenizer_source="", n_minibatches=1, **options):
+def start(cfg, n_responses, models, functions, tokenizer_source="", n_minibatches=1, **options):
     """Join the process group, open cfg.out_dir, load the tokenizer (cfg.model's, if none is named) and the rows.
 
-    Returns this process's World, and Data. Raises Done if the run is complete already. n_responses and options go to
-    `load_rows`.
+    models, functions: what else decides the run, see `check_inputs`. n_responses and options go to `load_rows`.
+    Returns this process's World, and Data. Raises Done if the run is complete already.
     """
     world = World(cfg)
     out_dir = open_directory(cfg, world)
-    # Rank 0 looks: processes must not differ in what they find.
-    if world.agree_on((out_dir / "final").exists()):
-        world.print(f"{out_dir}/final is there already; to train again, choose another out_dir")
-        raise Done  # `stage` ends quietly
-
     tokenizer = Tokenizer.load(tokenizer_source or cfg.model)
     options["n_responses"] = n_responses
     train = load_split(cfg, world, tokenizer, cfg.data, cfg.train_split, **options)
     held_out = None
-    if cfg.eval_split:
+    if cfg.eval_split and has_split(cfg.data, cfg.eval_split):
         held_out = load_split(cfg, world, tokenizer, cfg.data, cfg.eval_split, **options)
+    elif cfg.eval_split:
+        share = "--train_split=train[:90%] --eval_split=train[90%:] would do so"
+        world.print(f"{cfg.data}: without {{split}} in its path no rows are held out, and none evaluated; {share}")
 
     parts = n_minibatches * world.size
     require(cfg.batch_size % parts == 0, f"batch_size must be a multiple of {parts}, minibatches x processes")
@@ -123,14 +127,30 @@ def start(cfg, n_responses, tokenizer_source="", n_minibatches=1, **options):
     require(n_updates > 0, f"{n_rows} rows are less than a batch of {cfg.batch_size}; lower batch_size")
     shape = f"{n_minibatches} minibatches x {world.size} ranks x {cfg.batch_size // parts} rows"
     world.print(f"{n_updates} updates: {shape}")
-    return world, Data(tokenizer, train, held_out, n_updates)
+    data = Data(tokenizer, train, held_out, n_updates)
+    check_inputs(cfg, world, out_dir, data, models, functions)
+    # Rank 0 looks: processes must not differ in what they find.
+    if world.agree_on((out_dir / "final").exists()):
+        world.print(f"{out_dir}/final is there already; to train again, choose another out_dir")
+        raise Done  # `stage` ends quietly
+    return world, data
 
 
-def load_split(cfg, world, tokenizer, source, split, **options):
-    """`load_rows` with the configuration's limits, on rank 0 first."""
+def load_split(cfg, world, tokenizer, source, split, n_responses, **options):
+    """`load_rows` with the limits of the configuration and of the model, on rank 0 first."""
     options.setdefault("max_query_tokens", cfg.max_query_tokens)
-    options.setdefault("max_length", getattr(cfg, "max_length", 0))
-    return world.main_first(lambda: load_rows(source, split, tokenizer, **options))
+
+    def load():
+        directory = find_model(split_names(cfg.model)[0], patterns=["config.json"])
+        limit = GPTNeoXConfig.from_directory(directory).max_position_embeddings
+        if n_responses == 0:
+            limit -= getattr(cfg, "response_length", 0)  # the responses are still to come
+        longest = options.pop("max_length", getattr(cfg, "max_length", 0))
+        if longest:
+            limit = min(limit, longest)
+        return load_rows(source, split, tokenizer, n_responses, limit, too_long=cfg.too_long, **options)
+
+    return world.main_first(load)
 
 
 # ---------------------------------------------------------------------------- the run
@@ -228,8 +248,9 @@ class Run:
         """Write out_dir/`name`, a model directory that transformers and the next stage load. Collective."""
         # Written under another name and renamed when complete: a killed run leaves no partial model.
         temporary = self.out_dir / f"tmp_{name}"
+        model.config.eos_token_id = self.tokenizer.eos_id
         model.save_pretrained(temporary)
         if self.world.is_main:
-            shutil.copyfile(self.tokenizer.path, temporary / "tokenizer.json")
+            write_companions(temporary, self.tokenizer, model.config.max_position_embeddings)
             move(temporary, self.out_dir / name)  # replaces: a resumed run may export the same name again
             print(f"\nwrote {self.out_dir / name}", flush=True)

@@ -1,4 +1,4 @@
-"""Sample from a model and say how it does.
+r"""Sample from a model and say how it does.
 
     python sample.py --model=out/ppo_1b/final --prompt=$'SUBREDDIT: r/tifu\n\nTITLE: ...\n\nTL;DR:'
     python sample.py config/toy_sample.py --model=out/toy/ppo/final --out_dir=out/toy/ppo/samples
@@ -6,11 +6,11 @@
     python sample.py --model=out/sft_1b/step_300,out/sft_1b/step_600 --reward_model=out/rm_1b/final --out_dir=out/best
     python sample.py --judge=out/rm_1b/final --samples=out/samples/samples.jsonl           (see evals/winrate.py)
 
-Over a split it prints one table per model; of the one with the best score it writes out_dir/samples.jsonl (query,
-response, reference, tokens, reference_tokens, length_ratio, eos; score and reference_score if there is a reward_model,
-kl if there is a --reference) and out_dir/summary.json (their means, and ROUGE), beside out_dir/config.json. The tokens
-drawn depend on `seed` alone. With best_of, kl is the log-ratio of the responses that were kept; the KL of best-of-n as
-a policy is at most kl_bound.
+Over a split, whose rows need no references, it prints one table per model; of the one with the best score it writes
+out_dir/samples.jsonl (query, response, reference, tokens, reference_tokens, length_ratio, eos; score and
+reference_score if there is a reward_model, kl if there is a --reference) and out_dir/summary.json (their means, and
+ROUGE), beside out_dir/config.json. The tokens drawn depend on `seed` alone. With best_of, kl is the log-ratio of the
+responses that were kept; the KL of best-of-n as a policy is at most kl_bound.
 
 differs: the reference takes ROUGE per evaluation batch, from the middle of bootstrap resamples; here it is the mean
 over all rows, which is what those estimate.
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from configurator import Count, configure, require
 from evals.samples import complete, evaluate
-from hub.files import write_json, write_jsonl
+from hub.files import split_names, write_json, write_jsonl
 from hub.tokenizer import Tokenizer
 from runtime import RunConfig, World, open_directory, stage
 
@@ -34,8 +34,8 @@ class Config(RunConfig):
     reward_model: str = ""  # scores responses and references, if given; a,b,c: the mean of these
     reference: str = ""  # KL is measured to this model, if given
     # ---- queries
-    data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # hub id, directory or file with {split}
-    split: str = "validation"  # the rows to sample for; validation[:100]: the first hundred
+    data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # hub id, directory or file (hub/reader.py)
+    split: str = ""  # the rows to sample for, for example validation[:100]; empty: validation, or all of a single file
     prompt: str = ""  # a text to continue, or - for each line of stdin (\n: a line break); empty: use data
     # ---- sampling
     response_length: Count = 53  # tokens sampled at most
@@ -50,13 +50,14 @@ class Config(RunConfig):
 @stage
 def main(cfg):
     world = World(cfg)
-    sources = cfg.model.split(",")
+    sources = split_names(cfg.model)
     if cfg.out_dir and not cfg.prompt:
         out_dir = open_directory(cfg, world)
     # Only a reward model can say which of several is the best.
     if len(sources) > 1 or cfg.best_of > 1:
         wrong = "several models, or best_of, need a reward_model and data"
         require(cfg.reward_model and not cfg.prompt, wrong)
+    require(cfg.best_of == 1 or cfg.temperature > 0, "best_of draws one response again and again at temperature 0")
     if cfg.compare:
         require(cfg.reference, "compare needs a model to compare with; give its path as reference")
 

@@ -27,8 +27,8 @@ class Config(TrainConfig):
     tokenizer: str = ""  # hub id, directory or tokenizer.json; empty: the model's
     scratch: bool = False  # begin with random weights; of `model` only config.json is read
     # ---- data
-    data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # hub id, directory, or file with {split} in its path
-    max_length: int = 562  # tokens of query + response; a longer row is an error; 0: any
+    data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # hub id, directory or file (hub/reader.py)
+    max_length: int = 562  # tokens of query + response; 0: as many as the model takes
     # ---- batch
     batch_size: Count = 128  # rows per update, over all processes
     # ---- loss
@@ -42,9 +42,10 @@ class Config(TrainConfig):
 @stage
 def main(cfg, inputs=None):
     """inputs: a function like `model_inputs`, in its place."""
-    world, data = start(cfg, n_responses=1, tokenizer_source=cfg.tokenizer)
-    n_vocab = data.tokenizer.n_vocab
-    model = load_model(cfg, world, n_vocab, GPTNeoX, cfg.model, trainable=True, scratch=cfg.scratch)
+    models = {"model": cfg.model}
+    functions = {"inputs": inputs}
+    world, data = start(cfg, 1, models, functions, tokenizer_source=cfg.tokenizer)
+    model = load_model(cfg, world, data.tokenizer, GPTNeoX, cfg.model, trainable=True, scratch=cfg.scratch)
     inputs = inputs or model_inputs
 
     run = Run(cfg, world, data, {"model": model})

@@ -19,6 +19,12 @@ from configurator import UserError, require
 from hub.files import move, read_json, write_json
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
+# What changes a run's speed, its memory or its files, and no number (but its rounding): a resumed run may have others.
+FREE = (
+    "device", "micro_batch_size", "rollout_micro_batch_size", "shard_size", "offload", "compile", "rollout_gather",
+    "train_gather", "logits_chunk", "activation_checkpointing", "save_every", "keep_checkpoints", "keep_every",
+    "export_every",
+)  # fmt: skip
 TENSORS_PER_FILE = 32  # a file is copied to CPU memory before it is written
 
 
@@ -37,9 +43,12 @@ def open_directory(cfg, world):
     # Signs of a run, which has its configuration there; or of a model, whose config.json then differs in every key.
     signs = ("checkpoints", "final", "model.safetensors", "model.safetensors.index.json", *LOGS)
     has_begun = any((out_dir / name).exists() for name in signs)
-    if has_begun and not cfg.accept_changes:
+    inputs = {}
+    if has_begun:
         was = read_json(out_dir / "config.json")
-        pairs = [(key, was.get(key), new) for key, new in values.items()]
+        inputs = {"inputs": was["inputs"]} if "inputs" in was else {}
+    if has_begun and not cfg.accept_changes:
+        pairs = [(key, was.get(key), new) for key, new in values.items() if key not in FREE]
         changed = ", ".join(f"{key} ({old!r} -> {new!r})" for key, old, new in pairs if old != new)
         mend = "choose another out_dir, or go on knowingly with --accept_changes"
         require(not changed, f"{out_dir} holds a run with another configuration: {changed}; {mend}")
@@ -47,7 +56,7 @@ def open_directory(cfg, world):
     world.print(*lines)
     if world.is_main:
         out_dir.mkdir(parents=True, exist_ok=True)
-        write_json(out_dir / "config.json", values)
+        write_json(out_dir / "config.json", {**values, **inputs})
     return out_dir
 
 

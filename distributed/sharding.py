@@ -6,6 +6,7 @@ plain modules.
 """
 
 import gc
+import os
 
 import torch
 from torch.distributed import fsdp
@@ -13,14 +14,15 @@ from torch.distributed import fsdp
 from configurator import require
 from data import pad_right, pick
 from generation import generate
+from hub.tokenizer import Tokenizer
 from hub.weights import find_model, load_weights
 from model import GPTNeoXConfig, init_weights
 
 
-def load_model(cfg, world, n_vocab, cls, source, trainable=False, scratch=False, new_head=False):
+def load_model(cfg, world, tokenizer, cls, source, trainable=False, scratch=False, new_head=False):
     """Build a sharded model; each rank reads only its own rows of the weights.
 
-    n_vocab:   the tokenizer's; a smaller vocabulary is refused.
+    tokenizer: that of the rows; a model of another one, or with a smaller vocabulary, is refused.
     trainable: float32 masters; a frozen model is kept in the compute dtype.
     scratch:   draw all weights; of `source` only config.json is read.
     new_head:  draw the scalar head, and read the body, of either kind of model.
@@ -30,7 +32,10 @@ def load_model(cfg, world, n_vocab, cls, source, trainable=False, scratch=False,
     with torch.device("meta"):
         model = cls(GPTNeoXConfig.from_directory(directory))
     size = model.config.vocab_size
-    require(size >= n_vocab, f"{directory}: vocab_size {size} is less than the tokenizer's {n_vocab}; use its own")
+    small = f"{directory}: vocab_size {size} is less than the tokenizer's {tokenizer.n_vocab}; use its own"
+    require(size >= tokenizer.n_vocab, small)
+    if not scratch:
+        refuse_other_tokenizer(directory, tokenizer, may_learn=trainable)
     if cfg.compile:
         for layer in model.gpt_neox.layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
@@ -47,6 +52,22 @@ def load_model(cfg, world, n_vocab, cls, source, trainable=False, scratch=False,
             init_weights(model, cfg.seed, only="score")
         load_weights(model, directory, new_head)
     return model.requires_grad_(trainable)
+
+
+def refuse_other_tokenizer(directory, tokenizer, may_learn):
+    """Raise UserError if a model's own tokenizer gives another meaning to an id of `tokenizer`, or none.
+
+    may_learn: ids that it does not know are no trouble.
+    """
+    path = os.path.join(directory, "tokenizer.json")
+    if not os.path.exists(path):
+        return
+    ours = tokenizer.vocabulary
+    known = Tokenizer.load(directory).vocabulary
+    for id, text in ours.items():
+        is_new = id not in known and may_learn
+        which = f"{path}: id {id} is {known.get(id)!r} there, and {text!r} in {tokenizer.path}"
+        require(is_new or known.get(id) == text, f"{which}; use models of one tokenizer")
 
 
 def shard(model, world, master_dtype, offload=False):

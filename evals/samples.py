@@ -11,6 +11,7 @@ from data import collate, join, pick, uniforms
 from evals import scores
 from evals.colour import coloured
 from evals.tables import rouge
+from hub.reader import has_split
 from model import GPTNeoX
 from runtime import generate_rows, load_model, load_split
 
@@ -19,11 +20,14 @@ def evaluate(cfg, world, tokenizer, source):
     """Sample from one model for a split; returns (one dict per row, the summary), the same on every rank."""
     import pandas  # here, since it takes a second; datasets brings it
 
-    load = functools.partial(load_model, cfg, world, tokenizer.n_vocab)
+    load = functools.partial(load_model, cfg, world, tokenizer)
     model = load(GPTNeoX, source)
-    rows = load_split(cfg, world, tokenizer, cfg.data, cfg.split, n_responses=1)
+    rows = load_split(cfg, world, tokenizer, cfg.data, split_of(cfg), n_responses=0, ranked=True)
     queries = list(rows["query"])
-    references = [responses[0] for responses in rows["responses"]]
+    references = [responses[0] for responses in rows["responses"] if responses]
+    has_references = len(references) == len(queries)
+    if not has_references:
+        world.print(f"{len(queries) - len(references)} of {len(queries)} rows have no reference: no ROUGE")
     responses = sample(cfg, world, tokenizer, model, queries * cfg.best_of)
     if cfg.reward_model:
         reward = scores.by_models(cfg, world, tokenizer, cfg.reward_model)
@@ -34,13 +38,16 @@ def evaluate(cfg, world, tokenizer, source):
     frame = pandas.DataFrame()
     frame["query"] = list(map(tokenizer.decode, queries))
     frame["response"] = list(map(tokenizer.decode, responses))
-    frame["reference"] = list(map(tokenizer.decode, references))
+    if has_references:
+        frame["reference"] = list(map(tokenizer.decode, references))
     frame["tokens"] = list(map(len, responses))
-    frame["reference_tokens"] = list(map(len, references))
-    frame["length_ratio"] = frame["tokens"] / frame["reference_tokens"]
+    if has_references:
+        frame["reference_tokens"] = list(map(len, references))
+        frame["length_ratio"] = frame["tokens"] / frame["reference_tokens"]
     frame["eos"] = [ids[-1] == tokenizer.eos_id for ids in responses]
     if cfg.reward_model:
         frame["score"] = measure(cfg, world, reward, queries, responses)
+    if cfg.reward_model and has_references:
         frame["reference_score"] = measure(cfg, world, reward, queries, references)
     if cfg.reference:
         ratios = ratio_function(cfg, world, tokenizer, model, load(GPTNeoX, cfg.reference))
@@ -59,11 +66,19 @@ def evaluate(cfg, world, tokenizer, source):
         # arXiv:2009.01325: how far best-of-n as a policy is from the one that is sampled from, at most.
         n = cfg.best_of
         summary["kl_bound"] = math.log(n) - (n - 1) / n
-    summary.update(rouge(frame["reference"], frame["response"]))
+    if has_references:
+        summary.update(rouge(frame["reference"], frame["response"]))
     world.print(source)
     for name, value in summary.items():
         world.print(f"{name:18} {value:10.4f}")
     return frame.to_dict("records"), {"model": source, **summary}
+
+
+def split_of(cfg):
+    """The split to sample for: by default the held-out one, if a file holds such."""
+    if cfg.split:
+        return cfg.split
+    return "validation" if has_split(cfg.data, "validation") else "train"
 
 
 def sample(cfg, world, tokenizer, model, queries, *key):
@@ -137,7 +152,7 @@ def compare(tokenizer, ratios, query, response):
 def complete(cfg, world, tokenizer):
     """Print a response to cfg.prompt, or to each line of stdin, where \\n stands for a line break."""
     require(world.size == 1, "a prompt is for one process; start it without torchrun")
-    load = functools.partial(load_model, cfg, world, tokenizer.n_vocab, GPTNeoX)
+    load = functools.partial(load_model, cfg, world, tokenizer, GPTNeoX)
     model = load(cfg.model)
     if cfg.compare:
         ratios = ratio_function(cfg, world, tokenizer, model, load(cfg.reference))

@@ -11,7 +11,8 @@ import torch
 
 from configurator import require
 from data import last_scalars, pick
-from hub.rows import read_split
+from hub.files import split_names
+from hub.reader import read_split
 from model import ScalarModel
 from runtime import load_model
 
@@ -19,8 +20,8 @@ from runtime import load_model
 def by_models(cfg, world, tokenizer, sources):
     """The mean of the reward models "a,b,c" (arXiv:1706.03741); a response is read at its last token."""
     models = []
-    for source in sources.split(","):
-        models.append(load_model(cfg, world, tokenizer.n_vocab, ScalarModel, source))
+    for source in split_names(sources):
+        models.append(load_model(cfg, world, tokenizer, ScalarModel, source))
 
     def score(queries, responses, indices=None):
         return last_scalars(models, world.device, queries, responses)
@@ -28,20 +29,22 @@ def by_models(cfg, world, tokenizer, sources):
     return score
 
 
-def by_function(cfg, world, tokenizer, function):
+def by_function(cfg, world, data, function):
     """function(texts, texts) -> floats, or with a third argument, which gets the data's rows as dicts."""
+    decode = data.tokenizer.decode
     parameters = inspect.signature(function).parameters
     needed = [name for name, kind in parameters.items() if kind.default is kind.empty]
     # f(queries, responses, rows) or f(queries, responses, rows=None); not f(queries, responses, scale=1.0)
     takes_rows = "rows" in parameters or len(needed) > 2
     if takes_rows:
-        rows = read_split(cfg.data, cfg.train_split)  # in the order of the rows that load_rows makes of them
+        rows = [row for _, row in read_split(cfg.data, cfg.train_split)]
 
     def score(queries, responses, indices):
-        queries = list(map(tokenizer.decode, queries))
-        texts = list(map(tokenizer.decode, responses))
+        queries = list(map(decode, queries))
+        texts = list(map(decode, responses))
         if takes_rows:
-            found = function(queries, texts, pick(rows, indices.tolist()))
+            # Long rows may have been left out: `index` is that of the row in the file.
+            found = function(queries, texts, pick(rows, data.train[indices]["index"]))
         else:
             found = function(queries, texts)
         scores = list(map(float, found))

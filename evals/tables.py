@@ -101,7 +101,8 @@ def report(run, metrics, table, details):
     """Log the last evaluation's metrics; write them, `details` and a table of rows to eval.json, and print it all."""
     run.log(metrics)
     metrics = {**metrics, **details}
-    run.world.print("", line("evaluation", metrics))
+    if metrics:
+        run.world.print("", line("evaluation", metrics))
     for group, row in table.items():
         run.world.print(line(group, row))
     if run.world.is_main:

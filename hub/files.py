@@ -29,7 +29,7 @@ def write_json(path, values):
 def read_jsonl(path):
     """The objects of a JSON lines file; raises UserError that names the file, and the line if one is wrong."""
     rows = []
-    with explain(f"{path}: cannot be read", *UNREADABLE), open(path, encoding="utf-8") as lines:
+    with explain(f"{path}: cannot be read", *UNREADABLE), open(expand(path), encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             with explain(f"{path}: line {number} is not a JSON object", *UNREADABLE):
                 row = json.loads(line)
@@ -46,6 +46,35 @@ def write_jsonl(path, rows, mode="w"):
     with open(path, mode, encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def expand(path):
+    """`path` with ~ as the home directory, which the shell leaves in --key=~/path."""
+    return os.path.expanduser(path)
+
+
+def what_lies_at(path):
+    """For messages about a path that is not there, or is not what it should be: the nearest directory's contents."""
+    directory = Path(path)
+    while not os.path.isdir(directory):
+        directory = directory.parent
+    names = sorted(entry.name for entry in directory.iterdir())
+    shown = ", ".join(names[:8]) or "nothing"
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"in {directory} lie: {shown}{more}"
+
+
+def split_names(text):
+    """The names in "a,b,c". A path may hold commas itself: what is there on the disk is one name."""
+    pieces = text.split(",")
+    names = []
+    while pieces:
+        n_pieces = len(pieces)
+        while n_pieces > 1 and not os.path.exists(expand(",".join(pieces[:n_pieces]))):
+            n_pieces -= 1
+        names.append(",".join(pieces[:n_pieces]))
+        pieces = pieces[n_pieces:]
+    return names
 
 
 def move(temporary, final):

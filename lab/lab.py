@@ -193,7 +193,7 @@ def draw(cfg, scorer, found):
     """Sample DRAWS responses for each query; their proxy and gold, round after round, go to the dict `found`."""
     world = World(cfg)
     tokenizer = Tokenizer.load(cfg.model)
-    language_model = load_model(cfg, world, tokenizer.n_vocab, GPTNeoX, cfg.model)
+    language_model = load_model(cfg, world, tokenizer, GPTNeoX, cfg.model)
     score = scores.by_models(cfg, world, tokenizer, scorer)
     rows = load_split(cfg, world, tokenizer, cfg.data, cfg.split)[:]
     queries = rows["query"] * DRAWS

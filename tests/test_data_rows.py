@@ -106,7 +106,7 @@ def test_tokenizer_of_a_hub_id_fetches_no_weights(toy, monkeypatch):
 
     monkeypatch.setattr("hub.weights.snapshot_download", fetch)
     assert Tokenizer.load("some/model", "step3").eos_id == 0
-    assert asked == [("some/model", "step3", ["tokenizer.json"])]
+    assert asked == [("some/model", "step3", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])]
 
 
 def test_directory_loads_as_a_data_set(tokenizer, tmp_path):
@@ -153,13 +153,14 @@ def test_changed_code_does_not_read_the_old_cache(tokenizer, toy, tmp_path):
         return result.stdout.strip()
 
     assert fingerprint_of_copy() == first
-    fingerprints = {fingerprint_of_copy(name) for name in ("data.py", "hub/rows.py", "hub/tokenizer.py")}
-    assert len(fingerprints) == 3 and first not in fingerprints
+    names = ("hub/queries.py", "hub/reader.py", "hub/rows.py", "hub/table.py", "hub/tokenizer.py")
+    fingerprints = {fingerprint_of_copy(name) for name in names}
+    assert len(fingerprints) == 5 and first not in fingerprints
 
 
 def test_long_rows_are_an_error(tokenizer, tmp_path):
     path = write_rows(tmp_path / "x.jsonl", [{**POST, "summary": "a " * n} for n in (1, 50, 2)])
-    with pytest.raises(UserError, match=r"row 1 has \d+ tokens.*\(1 such rows of 3\)"):
+    with pytest.raises(UserError, match=r"line 2 has \d+ tokens.*\(1 such rows of 3\)"):
         load_rows(path, "train", tokenizer, 1, max_length=60)
     assert len(load_rows(path, "train", tokenizer, 0, max_length=60)) == 3  # queries alone are short
 

@@ -35,7 +35,7 @@ STAGES = ["sft", "rm", "ppo", "dpo"]
 def cpu_run(pipeline):
     """A run that has done nothing yet, for calling a stage's functions one by one; its policy is the SFT model."""
     cfg = pipeline.config(ppo, "one_by_one")
-    world, data = runtime.start(cfg, n_responses=0)
+    world, data = runtime.start(cfg, 0, {}, {})
     policy = load(cfg, world, GPTNeoX, pipeline.sft, trainable=True)
     yield runtime.Run(cfg, world, data, {"policy": policy})
     torch.distributed.destroy_process_group()

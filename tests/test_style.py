@@ -27,12 +27,14 @@ NOT_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, to
 # Who imports whom: a module may import from its own floor and from those below.
 FLOORS = [
     ["configurator"],
-    ["hub.files", "hub.config", "hub.weights", "hub.tokenizer", "hub.rows"],
+    ["hub.files", "hub.config", "hub.missing", "hub.weights", "hub.tokenizer", "hub.companions", "hub.rows",
+     "hub.queries", "hub.reader", "hub.table"],
     ["generation"],
     ["data"],
     ["fast"],
     ["model"],
-    ["distributed.processes", "distributed.sharding", "distributed.optimizer", "distributed.checkpoint"],
+    ["distributed.processes", "distributed.sharding", "distributed.optimizer", "distributed.checkpoint",
+     "distributed.inputs"],
     ["runtime"],
     ["evals.colour", "evals.tables", "evals.scores", "evals.samples", "evals.chat", "evals.winrate",
      "sft", "rm", "ppo", "dpo", "sample"],

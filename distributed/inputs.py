@@ -1,0 +1,87 @@
+"""What a run is made from besides its configuration: rows, tokenizer, weights, functions. Resuming it with others is
+refused.
+"""
+
+import hashlib
+import inspect
+import json
+
+import pyarrow
+
+from configurator import explain, require
+from hub.files import read_json, split_names, write_json
+from hub.weights import find_model, weight_files
+
+
+def check_inputs(cfg, world, out_dir, data, models, functions):
+    """Compare with what out_dir/config.json says that the run began with; a new run is entered there.
+
+    models: {the name of a field: its sources, as in --reward_model=a,b}. functions: {the name of a door: what came
+    through it}. Raises UserError that names what is another one.
+    """
+    inputs = None
+    if world.is_main:
+        inputs = fingerprints(cfg, data, models, functions)
+    inputs = world.agree_on(inputs)
+    stored = read_json(out_dir / "config.json")
+    was = stored.get("inputs", inputs)
+    changed = [name for name in sorted(was.keys() | inputs.keys()) if was.get(name) != inputs.get(name)]
+    mend = "choose another out_dir, or go on knowingly with --accept_changes"
+    found = f"{out_dir} holds a run that began with another {', another '.join(changed)}"
+    require(not changed or cfg.accept_changes, f"{found}; {mend}")
+    if world.is_main:
+        write_json(out_dir / "config.json", {**stored, "inputs": inputs})
+
+
+def fingerprints(cfg, data, models, functions):
+    inputs = {"train_split": fingerprint_rows(data.train)}
+    if data.held_out:
+        inputs["eval_split"] = fingerprint_rows(data.held_out)
+    vocabulary = sorted(data.tokenizer.vocabulary.items())
+    inputs["tokenizer"] = short(hashlib.sha256(repr(vocabulary).encode()))
+    for field, sources in models.items():
+        marks = [fingerprint_model(source, getattr(cfg, "scratch", False)) for source in split_names(sources)]
+        inputs[field] = ",".join(marks)
+    for door, function in functions.items():
+        inputs[door] = describe(function)
+    return inputs
+
+
+def short(digest):
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_rows(rows):
+    """A digest of the token ids, whichever file and code they come from."""
+    digest = hashlib.sha256()
+    table = rows.with_format("arrow")[:]
+    for name in ("query", "responses", "length", "target"):
+        values = table[name].combine_chunks()
+        while pyarrow.types.is_list(values.type):
+            values = values.flatten()
+        digest.update(values.to_numpy())
+    return short(digest)
+
+
+def fingerprint_model(source, scratch=False):
+    """A digest of config.json and of the weights, if they are read."""
+    directory = find_model(source)
+    digest = hashlib.sha256(json.dumps(read_json(f"{directory}/config.json")).encode())
+    if not scratch:
+        for path in sorted(set(weight_files(directory).values())):
+            with explain(f"{path}: cannot be read", OSError), open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return short(digest)
+
+
+def describe(function):
+    """A function's name, and a digest of its source where that can be had: two lambdas have one name."""
+    if function is None:
+        return None
+    function = getattr(function, "func", function)  # of a functools.partial
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):
+        return name
+    return f"{name} {short(hashlib.sha256(source.encode()))}"

@@ -1,0 +1,73 @@
+"""The query made of a post, cut to its length as the reference does (arXiv:2403.17031 details 2.1 to 2.3)."""
+
+import bisect
+import itertools
+import unicodedata
+
+from configurator import require
+from hub.rows import text_of
+
+MAX_ARTICLE_TOKENS = 1919  # 2047 - 128: what the reference leaves for a CNN/DM article
+
+def format_query(row, tokenizer, max_tokens=512):
+    """Token ids of a TL;DR (or CNN/DM) query of at most max_tokens tokens; arXiv:2403.17031 details 2.1 to 2.3.
+
+    row: dict with subreddit, title and post, or with article. A text too long loses its last paragraph (from
+    the last newline on) again and again; with none left, its last character. So "TL;DR:" always survives.
+    Raises UserError if the query is too long even without its text.
+    """
+    if row.get("post") is not None:
+        subreddit = text_of(row, "subreddit")
+        title = text_of(row, "title")
+        head = f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: "
+        text = text_of(row, "post")
+        tail = "\n\nTL;DR:"
+    else:
+        head = "Article:\n"
+        text = text_of(row, "article")
+        tail = "\n\nTL;DR:\n"
+    ids = tokenizer.encode(head + text + tail)
+    if len(ids) <= max_tokens:
+        return ids
+
+    too_long = first_length_too_long(head, text, tokenizer, max_tokens)
+    end = len(text)
+    while len(ids) > max_tokens:
+        rest = len(ids)
+        require(end > 0, f"the query has {rest} tokens without its text, more than {max_tokens}; drop the row")
+        newline = text.rfind("\n", 0, end)
+        # Cuts that are known to be too long need not be tokenised: `ids` stay those of a longer one, too long as well.
+        end = newline if newline >= 0 else min(end, too_long) - 1
+        if end < too_long:
+            ids = tokenizer.encode(head + text[:end] + tail)
+    return ids
+
+
+def first_length_too_long(head, text, tokenizer, max_tokens):
+    """A length such that `text` cut there, or after it, has too many tokens.
+
+    At the end of a word, the tokens before it do not depend on what comes after. So the first such end with too many
+    tokens before it rules out all longer cuts. The count rises from word to word: bisection finds it.
+    """
+
+    def n_tokens(end):
+        return len(tokenizer.encode(head + text[:end]))
+
+    is_normalized = unicodedata.is_normalized("NFC", text)
+    ends_of_words = []
+    for end, (character, following) in enumerate(itertools.pairwise(text), 1):
+        # Elsewhere than in NFC a mark may still join the letter before it.
+        if ends_word(character, following) and (is_normalized or following.isspace()):
+            ends_of_words.append(end)
+    first = bisect.bisect_right(ends_of_words, max_tokens, key=n_tokens)
+    if first == len(ends_of_words):
+        return len(text)
+    return ends_of_words[first]
+
+
+def ends_word(character, following):
+    """Whether `character` ends a run of letters, or of digits, whatever comes after `following`."""
+    kind = unicodedata.category(character)[0]
+    following_kind = unicodedata.category(following)
+    # A character that this Python does not know may be a letter to a newer library.
+    return kind in "LN" and following_kind[0] != kind and following_kind != "Cn"
