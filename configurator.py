@@ -67,12 +67,13 @@ OTHER_NAMES = dict(
 class UserError(SystemExit):
     """Bad input: one line that names the thing and the mend.
 
-    As a SystemExit it ends a script with that line on stderr and exit code 1, with no traceback;
+    As a SystemExit it ends a script with "error: " and that line on stderr and exit code 1, with no traceback;
     `str(error)` is the line.
     """
 
     def __init__(self, line):
         super().__init__(" ".join(line.split()))
+        self.code = f"error: {self}"
 
 
 def require(holds, *line):

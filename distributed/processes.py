@@ -9,12 +9,14 @@ import functools
 import math
 import os
 import signal
+import sys
 from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
+from tqdm import tqdm
 
 from configurator import UserError, explain, require
 
@@ -213,13 +215,30 @@ def stage(main):
             if dist.is_initialized():  # not by a stage inside this one
                 dist.barrier()  # a process that tears down early can abort the others
                 dist.destroy_process_group()
+        except KeyboardInterrupt as interrupt:
+            if main.__module__ != "__main__":
+                raise  # a notebook shows it
+            close_bars()
+            print(str(interrupt) or "interrupted; the same command begins again where it can", file=sys.stderr)
+            sys.exit(130)
+        except UserError:
+            close_bars()
+            raise
         except (OSError, MemoryError, RuntimeError, CheckpointException) as error:
-            raise_in_one_line(error, cfg)
+            close_bars()
+            if not getattr(error, "is_of_user", False):
+                raise_in_one_line(error, cfg)
             raise
         finally:
             set_handlers(handlers)
 
     return wrapped
+
+
+def close_bars():
+    """End all progress bars, so that a message begins on a line of its own and nothing is drawn behind it."""
+    for bar in list(tqdm._instances):
+        bar.close()
 
 
 def raise_in_one_line(error, cfg):
@@ -237,4 +256,6 @@ def raise_in_one_line(error, cfg):
         raise UserError(f"out of memory: {reason}; lower {sizes}, or see activation_checkpointing") from None
     if failed_to_save or getattr(cause, "errno", None):
         mend = "mend that and run the same command again"
-        raise UserError(f"out_dir {cfg.out_dir}: {reason}; {mend}") from None
+        path = str(getattr(cause, "filename", None) or cfg.out_dir)
+        where = f"out_dir {cfg.out_dir}: " if path.startswith(cfg.out_dir) else ""
+        raise UserError(f"{where}{reason}; {mend}") from None

@@ -42,11 +42,15 @@ def by_function(cfg, world, data, function):
     def score(queries, responses, indices):
         queries = list(map(decode, queries))
         texts = list(map(decode, responses))
+        arguments = [queries, texts]
         if takes_rows:
             # Long rows may have been left out: `index` is that of the row in the file.
-            found = function(queries, texts, pick(rows, data.train[indices]["index"]))
-        else:
-            found = function(queries, texts)
+            arguments.append(pick(rows, data.train[indices]["index"]))
+        try:
+            found = function(*arguments)
+        except Exception as error:
+            error.is_of_user = True  # no trouble of ours: nobody shall make one line of it
+            raise
         scores = list(map(float, found))
         counts = f"{len(scores)} for {len(responses)} texts"
         require(len(scores) == len(responses), f"score gave {counts}; return one each")
