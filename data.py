@@ -32,7 +32,8 @@ def batch_indices(n_rows, batch_size, step, seed):
     indices = []
     for place in range(step * batch_size, (step + 1) * batch_size):
         epoch = place // n_rows
-        indices.append(permutation(n_rows, seed, epoch)[place % n_rows])
+        order = permutation(n_rows, seed, epoch)
+        indices.append(order[place % n_rows])
     return np.array(indices)
 
 
@@ -51,7 +52,8 @@ def pad_right(id_lists):
     """Lists of ids -> ids (B, T) of the longest one's length; lengths (B,). What fills up the others is never read."""
     rows = [torch.tensor(ids) for ids in id_lists]
     lengths = torch.tensor([len(ids) for ids in id_lists])
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return padded, lengths
 
 
 def collate(queries, responses, device="cpu"):
@@ -71,7 +73,8 @@ def collate(queries, responses, device="cpu"):
     select = last_of_query[:, None] + columns
     select = select.clamp(max=ids.shape[1] - 1)  # a short response's pad columns may point past the end
     mask = columns < response_lens[:, None]
-    return ids.to(device), select.to(device), targets.to(device), mask.to(device)
+    tensors = (ids, select, targets, mask)
+    return [tensor.to(device) for tensor in tensors]
 
 
 def join(queries, responses):
@@ -88,4 +91,5 @@ def last_scalars(models, device, queries, responses):
     ids, lengths = pad_right(join(queries, responses))
     ids = ids.to(device)
     last = lengths[:, None].to(device) - 1
-    return sum(model(ids, last)[:, 0] for model in models) / len(models)
+    scalars = [model(ids, last)[:, 0] for model in models]
+    return sum(scalars) / len(models)

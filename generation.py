@@ -99,7 +99,7 @@ def sample_token(logits, temperature, uniforms, n_vocab=None):
     else:
         probs = F.softmax(logits.float() / temperature, dim=-1)
         # In float32 thousands of unlikely ids would add nothing to the sum, and never be drawn.
-        cdf = probs.cumsum(-1, dtype=torch.float64)
+        cdf = probs.double().cumsum(-1)
         # Up to rounding the CDF ends at 1: scaling by its end keeps every draw inside it.
         end = cdf[:, -1:]
         draws = uniforms[:, None] * end

@@ -559,8 +559,8 @@ def main(cfg, score=None, advantages=advantages, token_loss=clipped_surrogate, w
         models["reward_model"] = cfg.reward_model
     if cfg.critic and with_critic:
         models["critic"] = cfg.critic
-    functions = {"score": score, "advantages": advantages, "token_loss": token_loss, "before_step": before_step,
-                 "after_update": after_update}  # fmt: skip
+    functions = {"score": score, "advantages": advantages, "token_loss": token_loss}
+    functions.update(before_step=before_step, after_update=after_update)
     # Of each row the query alone is read.
     world, data = start(cfg, 0, models, functions, n_minibatches=cfg.n_minibatches)
     n_vocab = data.tokenizer.n_vocab

@@ -127,6 +127,7 @@ def start(cfg, n_responses, models, functions, tokenizer_source="", n_minibatche
     require(n_updates > 0, f"{n_rows} rows are less than a batch of {cfg.batch_size}; lower batch_size")
     shape = f"{n_minibatches} minibatches x {world.size} ranks x {cfg.batch_size // parts} rows"
     world.print(f"{n_updates} updates: {shape}")
+
     data = Data(tokenizer, train, held_out, n_updates)
     check_inputs(cfg, world, out_dir, data, models, functions)
     # Rank 0 looks: processes must not differ in what they find.
@@ -148,6 +149,7 @@ def load_split(cfg, world, tokenizer, source, split, n_responses, **options):
         longest = options.pop("max_length", getattr(cfg, "max_length", 0))
         if longest:
             limit = min(limit, longest)
+
         return load_rows(source, split, tokenizer, n_responses, limit, too_long=cfg.too_long, **options)
 
     return world.main_first(load)

@@ -25,7 +25,8 @@ def check_inputs(cfg, world, out_dir, data, models, functions):
     inputs = world.agree_on(inputs)
     stored = read_json(out_dir / "config.json")
     was = stored.get("inputs", inputs)
-    changed = [name for name in sorted(was.keys() | inputs.keys()) if was.get(name) != inputs.get(name)]
+    names = sorted({*was, *inputs})
+    changed = [name for name in names if was.get(name) != inputs.get(name)]
     mend = "choose another out_dir, or go on knowingly with --accept_changes"
     found = f"{out_dir} holds a run that began with another {', another '.join(changed)}"
     require(not changed or cfg.accept_changes, f"{found}; {mend}")
@@ -39,8 +40,9 @@ def fingerprints(cfg, data, models, functions):
         inputs["eval_split"] = fingerprint_rows(data.held_out)
     vocabulary = sorted(data.tokenizer.vocabulary.items())
     inputs["tokenizer"] = short(hashlib.sha256(repr(vocabulary).encode()))
+    from_scratch = getattr(cfg, "scratch", False)
     for field, sources in models.items():
-        marks = [fingerprint_model(source, getattr(cfg, "scratch", False)) for source in split_names(sources)]
+        marks = [fingerprint_model(source, from_scratch) for source in split_names(sources)]
         inputs[field] = ",".join(marks)
     for door, function in functions.items():
         inputs[door] = describe(function)

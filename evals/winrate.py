@@ -30,12 +30,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from configurator import Count, UserError, configure, explain, require
-from data import format_query, parse_row, text_of
+from data import format_query, parse_row
 from evals import chat
 from evals.samples import measure
 from evals.scores import by_models
 from evals.tables import count_words
 from hub.files import read_jsonl, split_names, write_json, write_jsonl
+from hub.rows import text_of
 from hub.tokenizer import Tokenizer
 from runtime import RunConfig, World, open_directory, stage
 
@@ -82,7 +83,7 @@ def main(cfg):
     for judge, said in replies.items():
         if set(verdicts[judge]) == {None}:
             first = next(filter(None, said))[:200]
-            mend = f"ask a model that ends with a line such as 'Verdict: A'; the first reply begins with {first!r}"
+            mend = f"ask a model that ends with 'Verdict: A'; the first reply begins with {first!r}"
             raise UserError(f"judge {judge}: no reply has a clear verdict; {mend}")
 
 
@@ -103,7 +104,7 @@ def read_pairs(samples):
             tables.append(read_jsonl(path))
         require(tables[-1], f"samples {path}: no rows; sample some")
     if "summaries" in tables[0][0]:
-        require(len(paths) == 1, f"samples {samples}: comparisons are pairs already; give one such file alone")
+        require(len(paths) == 1, f"samples {samples}: comparisons are pairs already; give one file alone")
         return read_comparisons(samples, tables[0])
 
     ours = tables[0]

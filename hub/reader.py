@@ -98,7 +98,7 @@ def find_files(source, name):
     path = expand(source.replace("{split}", name))
     if os.path.isdir(path) and kind_of(path) not in READERS:
         return files_of_directory(path, name)
-    alone = f"there is no {{split}} in its path, so all of its rows are 'train' and none are {name!r}"
+    alone = f"there is no {{split}} in its path, so all of its rows are 'train' and none {name!r}"
     require(has_split(source, name), f"{alone}; use train, or train[:90%] and train[90%:]")
     # A path may hold [ and *, too.
     paths = [path] if os.path.exists(path) else sorted(glob.glob(path))

@@ -17,6 +17,8 @@ from hub.queries import MAX_ARTICLE_TOKENS, format_query
 from hub.reader import read_split
 from hub.rows import schema_of
 
+WRONG_VALUES = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
+
 
 def parse_row(row, tokenizer, max_query_tokens):
     """One row of any schema -> query ids, responses (the best first, each ends with EOS), and where it came from."""
@@ -92,7 +94,7 @@ def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_t
         for index, (place, row) in enumerate(bar):
             # A row may hold anything: whatever goes wrong with it is told by its place.
             where = f"{raw.name}: {place}"
-            with explain(where, UserError, LookupError, TypeError, ValueError, AttributeError, OverflowError):
+            with explain(where, UserError, *WRONG_VALUES):
                 parsed = tokenise(row)
             yield {**parsed, "index": index, "place": place}
 
@@ -118,7 +120,7 @@ def handle_long_rows(name, rows, max_length, too_long):
     first = int(is_long.argmax())
     found = f"{rows[first]['place']} has {lengths[first]} tokens, more than {max_length}"
     count = f"{is_long.sum()} such rows of {len(rows)}"
-    mend = "raise max_length as far as the model's positions reach, or leave them out: --too_long=drop (or cut)"
+    mend = "raise max_length, up to the model's positions, or give --too_long=drop or cut"
     require(too_long != "stop", f"{name}: {found} ({count}); {mend}")
 
     if too_long == "cut":
@@ -176,7 +178,8 @@ def write_table(path, rows):
     ids = List(Value("int32"))
     texts = dict.fromkeys(("batch", "policies", "place"), Value("string"))
     numbers = dict.fromkeys(("length", "confidence", "index"), Value("int64"))
-    features = Features({"query": ids, "responses": List(ids), "target": Value("float64"), **texts, **numbers})
+    columns = {"query": ids, "responses": List(ids), "target": Value("float64")}
+    features = Features({**columns, **texts, **numbers})
     writer = ArrowWriter(features=features, path=str(path))
     for row in rows:
         writer.write(row)

@@ -393,8 +393,8 @@ def test_detail_01_1_columns(library, real, tmp_path):
     """Detail 1: posts of five columns and comparisons of info, summaries and choice, each also as preprocessed there.
 
     fails if: hub/rows.py:SCHEMAS names "chosen" before "summaries", so that the added columns are read;
-    hub/rows.py:from_comparison takes `1 - choice` for the chosen text; data.py:load_rows refuses columns that it does
-    not know.
+    hub/rows.py:from_comparison takes `1 - choice` for the chosen text; hub/table.py:load_rows refuses columns that
+    it does not know.
     """
     extra = {"query_token": [1], "query": "not to be read", "reference_response": "nor this"}
     write_jsonl(tmp_path / "sft_train.jsonl", [POST, {**POST, "summary": "napped"}])
@@ -451,7 +451,7 @@ def test_detail_01_2_each_row_once(frozen_sft, frozen_rows, post_losses):
 def test_detail_02_1_query_format(library, real, tldr_sample, tmp_path):
     """Detail 2.1: subreddit, title and post with empty lines between them, "TL;DR:" at the end; articles likewise.
 
-    fails if: data.py:format_query writes "POST:\\n", drops "r/", or ends an article's query without its newline.
+    fails if: hub/queries.py:format_query writes "POST:\\n", drops "r/", or ends an article's query without its newline.
     """
     raw = read_jsonl(tldr_sample / "sft_validation.jsonl")
     rows = load_rows(str(tldr_sample / "sft_{split}.jsonl"), "validation", real, 1)
@@ -478,8 +478,8 @@ def literal_loop(library, text, wrap, limit):
 def test_detail_02_2_truncation(library, real, tldr_sample, tmp_path):
     """Detail 2.2: a query above 512 tokens (an article's above 1919) loses paragraphs, then characters; TL;DR stays.
 
-    fails if: data.py:format_query cuts token ids, cuts a character where there is a newline, or cuts before the newline
-    of an empty line only (rfind("\\n\\n")); data.py:MAX_ARTICLE_TOKENS is 512.
+    fails if: hub/queries.py:format_query cuts token ids, cuts a character where there is a newline, or cuts before the
+    newline of an empty line only (rfind("\\n\\n")); hub/queries.py:MAX_ARTICLE_TOKENS is 512.
     """
     bodies = [row["post"] for row in read_jsonl(tldr_sample / "sft_train.jsonl")[:40]]
     paragraphs = "\n".join(bodies[:3])
@@ -507,7 +507,7 @@ def test_detail_02_2_truncation(library, real, tldr_sample, tmp_path):
 def test_detail_02_3_no_trailing_space(library, real, tldr_sample):
     """Detail 2.3: nothing follows "TL;DR:"; the space is the response's, and the seam splits no token.
 
-    fails if: data.py:format_query ends with "TL;DR: "; hub/rows.py:from_post leaves out the summary's space.
+    fails if: hub/queries.py:format_query ends with "TL;DR: "; hub/rows.py:from_post leaves out the summary's space.
     """
     raw = read_jsonl(tldr_sample / "sft_validation.jsonl")
     rows = load_rows(str(tldr_sample / "sft_{split}.jsonl"), "validation", real, 1)
@@ -520,8 +520,8 @@ def test_detail_02_3_no_trailing_space(library, real, tldr_sample):
 def test_detail_03_1_completion(library, real, tldr_sample):
     """Detail 3: a summary gets one leading space and EOS; a comparison's text has its space and gets EOS alone.
 
-    fails if: data.py:parse_row adds no EOS; hub/rows.py:from_comparison adds a second space; hub/rows.py:from_post adds
-    none; hub/tokenizer.py:Tokenizer.pad_id is the EOS.
+    fails if: hub/table.py:parse_row adds no EOS; hub/rows.py:from_comparison adds a second space; hub/rows.py:from_post
+    adds none; hub/tokenizer.py:Tokenizer.pad_id is the EOS.
     """
     for kind, n_responses in (("sft", 1), ("comparisons", 2)):
         raw = read_jsonl(tldr_sample / f"{kind}_validation.jsonl")
@@ -570,7 +570,7 @@ def test_detail_04_1_token_lengths(library, real, tldr_sample):
     """Detail 4: SFT rows have at most 53 response and 562 tokens in all, preference rows 638; nothing is cut to fit.
 
     fails if: max_length of sft.py:Config, ppo.py:Config or runtime.py:TrainConfig is another, or response_length of
-    ppo.py:Config or sample.py:Config 48 (GPT-2's tokens); data.py:load_rows cuts responses to 48 tokens.
+    ppo.py:Config or sample.py:Config 48 (GPT-2's tokens); hub/table.py:load_rows cuts responses to 48 tokens.
     """
     for stage, tokens in ((sft, 562), (rm, 638), (dpo, 638), (ppo, 512)):
         assert {paper(stage, size).max_length for size in SIZES} == {tokens}
@@ -588,7 +588,7 @@ def test_detail_04_1_token_lengths(library, real, tldr_sample):
 def test_detail_04_2_too_long_is_an_error(library, real, tmp_path):
     """Detail 4: the lengths are asserted: a row beyond 562 stops the run, so that no EOS is ever cut off.
 
-    fails if: data.py:load_rows compares with `>=`, leaves long rows out, or cuts
+    fails if: hub/table.py:load_rows compares with `>=`, leaves long rows out, or cuts
     responses to what max_length leaves.
     """
     summary = " and so" * 26
@@ -673,8 +673,8 @@ def test_detail_05_4_padding_ids_are_never_sampled(pipeline, policy, reward, pos
 def test_detail_06_confidence(pipeline, policy, pairs, margins, reward):
     """Detail 6 (its title is uncertain): confidence is 1 to 9, symmetric about 5; `choice` decides which side won.
 
-    fails if: evals/tables.py:accuracy_table groups by the confidence itself; data.py:parse_row lets a confidence above
-    5 swap the responses, or reads confidence from the row and not from `extra`.
+    fails if: evals/tables.py:accuracy_table groups by the confidence itself; hub/table.py:parse_row lets a confidence
+    above 5 swap the responses, or reads confidence from the row and not from `extra`.
     """
     confidences = np.array([row["extra"]["confidence"] for row in pairs.raw])
     expected = {}
@@ -990,7 +990,7 @@ def test_detail_16_accuracy_by_batch_and_policies(reward, pairs, margins):
     """Detail 16 (its title is uncertain): validation accuracy overall, by batch, and by pair of policies.
 
     fails if: rm.py:main evaluates the training rows; evals/tables.py:accuracy_table counts chosen < rejected, or sorts
-    a column; data.py:parse_row names policies in the order of the summaries.
+    a column; hub/table.py:parse_row names policies in the order of the summaries.
     """
     groups = {"all": [], "batch": [], "policies": []}
     for row in pairs.raw:

@@ -154,7 +154,7 @@ def test_a_file_without_split_in_its_name_is_all_for_training(tmp_path):
     path = write_rows(tmp_path / "x.jsonl", ROWS)
     assert rows_of(path, "train") == ROWS
     assert not has_split(path, "validation") and has_split(path, "train[90%:]")
-    with pytest.raises(UserError, match=r"no \{split\} in its path, so all of its rows are 'train' and none are 'tset'"):
+    with pytest.raises(UserError, match=r"no \{split\} in its path, so all of its rows are 'train' and none 'tset'"):
         read_split(path, "tset[:4]")
 
 

@@ -205,10 +205,14 @@ def test_comments_and_blank_lines_part_the_steps():
 
 
 def test_the_house_stays_small():
+    """hub/ is counted apart: how other people's files look is no small thing, and no reader of a stage needs it."""
+    hub = [path for path in CORE if path.parent.name == "hub"]
     assert count_lines(TOP_LEVEL) <= 1500
-    assert count_lines(CORE) <= 2500
+    assert count_lines(hub) <= 1000
+    assert count_lines(CORE) - count_lines(hub) <= 2300
     for path in STAGES:
-        assert count_lines(all_that_is_imported([path])) <= 2000, f"{relative(path)}, with all that it imports"
+        without_hub = [module for module in all_that_is_imported([path]) if module not in hub]
+        assert count_lines(without_hub) <= 2000, f"{relative(path)}, with all that it imports"
     for path in VARIANTS:
         assert read_page(path).lines <= 60, f"{relative(path)}: a variant is only its difference"
 
