@@ -12,6 +12,7 @@ UNREADABLE = (OSError, ValueError, RecursionError)
 
 def read_json(path):
     """Read a JSON object; raises UserError if `path` is missing or holds something else."""
+    require(os.path.exists(path), f"{path}: is not there; {what_lies_at(path)}")
     with explain(f"{path}: cannot be read as JSON; check it or copy it again", *UNREADABLE):
         values = json.loads(Path(path).read_bytes())
     kind = type(values).__name__

@@ -7,7 +7,7 @@ import unicodedata
 import tiktoken
 
 from configurator import UserError, explain, require
-from hub.files import read_json
+from hub.files import expand, read_json
 from hub.weights import find_model
 
 # GPT-2's split of text into words, which ByteLevel tokenizers share: a word takes the one space before it
@@ -96,8 +96,8 @@ class Tokenizer:
     @classmethod
     def load(cls, source, revision="main"):
         """source: a tokenizer.json, a directory that holds one, or a hub id."""
-        if os.path.isfile(source):
-            return cls(source)
+        if os.path.isfile(expand(source)):
+            return cls(expand(source))
         directory = find_model(source, revision, ["tokenizer.json", *BESIDE])
         return cls(os.path.join(directory, "tokenizer.json"))
 

@@ -27,11 +27,11 @@ def find_model(source, revision="main", patterns=("*.json", "*.safetensors")):
     if os.path.isdir(source):
         return source
 
-    missing = f"model {source!r}: no directory of that name"
+    missing = f"{source!r}: no directory or file of that name"
     name, _, behind = source.partition("@")
     is_path = source.startswith(("/", ".")) or name.count("/") > 1
     if is_path or os.path.isdir(source.split("/")[0]):
-        missing += f" (is that stage trained?); {what_lies_at(source)}"
+        missing += f" (is that stage done? `make demo` makes out/toy); {what_lies_at(source)}"
     require(not is_path, missing)
     with explain(f"{missing}; nor to be had from the hub", Exception):
         return snapshot_download(name, revision=behind or revision, allow_patterns=list(patterns))

@@ -594,7 +594,7 @@ def test_detail_04_2_too_long_is_an_error(library, real, tmp_path):
     summary = " and so" * 26
     long_row = {**POST, "post": "word " * 700, "summary": summary.strip()}
     path = write_jsonl(tmp_path / "edge_train.jsonl", [POST, long_row])
-    with pytest.raises(UserError, match=r"row 1 has \d+ tokens, more than max_length 562"):
+    with pytest.raises(UserError, match=r"line 2 has \d+ tokens, more than 562"):
         load_rows(str(path), "train", real, 1, max_length=paper(sft).max_length)
     row = load_rows(str(path), "train", real, 1)[1]
     assert row["responses"] == [[*library(summary), EOS]]

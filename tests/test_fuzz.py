@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, event, given, note, settings
+from hypothesis import HealthCheck, event, given, note, settings
 from hypothesis import strategies as st
 
 import dpo
@@ -43,8 +43,7 @@ SECONDS = 30
 MEMORY = 2**31
 FIXED_RUN = settings(derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 
-# Texts that stand for JSON which json.dumps would not write; `render` puts it in their place. (Not nested deeper,
-# since from 10,000 levels on pyarrow 26 itself crashes.)
+# Texts that stand for JSON which json.dumps would not write; `render` puts it in their place.
 RAW = {"@nested": "[" * 3000 + "]" * 3000, "@objects": '{"a":' * 3000 + "1" + "}" * 3000,
        "@deep": "[" * 500 + "]" * 500, "@digits": "9" * 5000, "@1e999": "1e999", "@nothing": "", "@control": '"\x01"',
        "@escape": '"\\x"', "@half": '"\\ud800"', "@twice": '1, "twice": 2', "@-0": "-0", "@01": "01"}  # fmt: skip
@@ -554,7 +553,6 @@ def jsonl(draw, base):
             rows[-1] = put(base, draw(st.sampled_from(paths)), draw(VALUES))
     content = Content(b"\n".join(map(render, rows)) + b"\n")
     content = draw(damaged(content)) if rarely(draw, 8) else content
-    assume(not content.lstrip().startswith(b"null"))  # pyarrow 26 itself crashes when the first row is a null
     return content, draw(st.sampled_from(OPTIONS))
 
 
@@ -564,14 +562,12 @@ def read_rows(tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)  # it asks the network
     (tmp_path / "tokenizer.json").write_bytes(render(TOKENIZER))
     tokenizer = Tokenizer.load(str(tmp_path))
-    number = itertools.count()
 
     def read(case):
         content, options = case
-        path = tmp_path / f"{next(number)}.jsonl"  # a new name each, since `datasets` remembers files
+        path = tmp_path / "x.jsonl"
         path.write_bytes(content)
         rows = load_rows(str(path), "train", tokenizer, **options)
         assert len(rows)
