@@ -969,7 +969,7 @@ def test_detail_15_rewards_are_normalised_by_the_references(pipeline, reward, po
     """
     for size in SIZES:
         cfg = paper(rm, size)
-        assert (cfg.normalize_data, cfg.train_split) == (paper(sft, size).data, "train")
+        assert (rm.reference_source(cfg), cfg.train_split) == (paper(sft, size).data, "train")
     twin = replace(reward, normalize_data="", eval_split="", out_dir=str(pipeline.directory / "detail_raw"))
     rm.main(twin)
     raw = weights(final(twin))

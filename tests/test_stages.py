@@ -43,8 +43,8 @@ def cpu_run(pipeline):
 
 def load(cfg, world, cls, directory, **options):
     """A stage's own way to a model; the tokenizer is the one beside it."""
-    n_vocab = Tokenizer.load(str(directory)).n_vocab
-    return runtime.load_model(cfg, world, n_vocab, cls, str(directory), **options)
+    tokenizer = Tokenizer.load(str(directory))
+    return runtime.load_model(cfg, world, tokenizer, cls, str(directory), **options)
 
 
 def hub_logprobs(model, query, response, temperature=1.0, n_vocab=None):

@@ -1,0 +1,8 @@
+# python rm.py config/rm_410m.py
+# 92,858 pairs / 64 = 1,450 updates; 64 pairs = 1 GPU x 4 micro-batches of 16
+model = "out/sft_410m/final"
+out_dir = "out/rm_410m"
+batch_size = 64
+micro_batch_size = 16
+lr = 1e-5
+save_every = 200
