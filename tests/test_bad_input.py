@@ -115,7 +115,7 @@ CASES = {
     "out_dir is a file": (sft, lambda d: (d / "new").write_text("") and None, "new.*File exists.*run the same command"),
     "out_dir without a name": (sft, lambda d: dict(out_dir=""), "out_dir is empty"),
     "out_dir is a model's": (sft, lambda d: dict(out_dir=str(d / "sft/final")), "final holds.*choose another out_dir"),
-    "missing model": (rm, lambda d: dict(model=str(d / "nowhere.*no directory .*is that stage done"),
+    "missing model": (rm, lambda d: dict(model=str(d / "nowhere")), "nowhere.*no directory .*is that stage done"),
     "missing reward model": (ppo, lambda d: dict(reward_model="no/where"), "no/where"),
     "missing tokenizer": (rm, lambda d: (d / "sft/final/tokenizer.json").unlink(), "tokenizer.json"),
     "truncated tokenizer": (rm, lambda d: truncate(d / "sft/final/tokenizer.json"), "tokenizer.json.*JSON"),

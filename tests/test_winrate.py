@@ -955,7 +955,7 @@ CASES = {
     "no scores": ("nothing", [[ROW]], "judge nothing: "),
     "URL without a model": ("http://127.0.0.1:9/v1", [[ROW]], "judge http://127.0.0.1:9/v1: .*URL#model"),
     "no URL": ("http://127.0.0.1:port/v1#model", [[ROW]], "judge http://127.0.0.1:port/v1#model: .*URL"),
-    "unknown reward model": ("DIR/nowhere.*no directory .*is that stage done"),
+    "unknown reward model": ("DIR/nowhere", [[ROW]], "DIR/nowhere.*no directory .*is that stage done"),
 }  # fmt: skip
 
 
