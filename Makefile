@@ -1,6 +1,7 @@
 # make demo    set up, then run the whole pipeline on the embedded toy data, on a CPU
 # make test    set up, then run the tests
 # make lab     set up, then run the laboratory's first experiment (LAB="" runs all of them)
+# make repro   set up, then PPO from published models of 410m, on a GPU (docs/repro.md)
 # make lint    the linter
 
 PYTHON ?= python3
@@ -14,8 +15,11 @@ export OMP_WAIT_POLICY = passive
 export TOKENIZERS_PARALLELISM = false
 demo: export TOY_OUT = $(OUT)
 LAB    ?= overoptimisation
+# hub ids or directories
+REPRO_SFT ?= mnoukhov/pythia410m-sft-tldr
+REPRO_RM  ?= mnoukhov/pythia410m-rm-tldr6.9b
 
-.PHONY: demo test lab lint
+.PHONY: demo test lab repro lint
 demo: $(VENV)/ready
 	$(PY) toy/make_data.py $(OUT)/data --seed=$(SEED)
 	$(PY) sft.py config/toy_sft.py --seed=$(SEED)
@@ -32,6 +36,12 @@ test: $(VENV)/ready-dev
 
 lab: $(VENV)/ready-extra
 	$(PY) lab/lab.py $(LAB)
+
+repro: SAMPLES = --reward_model=$(REPRO_RM) --response_length=128 --temperature=0.01
+repro: $(VENV)/ready
+	$(PY) ppo.py config/ppo_410m.py --model=$(REPRO_SFT) --reward_model=$(REPRO_RM) --out_dir=out/repro/ppo
+	$(PY) sample.py --model=$(REPRO_SFT) $(SAMPLES) --out_dir=out/repro/sft_samples
+	$(PY) sample.py --model=out/repro/ppo/final $(SAMPLES) --out_dir=out/repro/ppo_samples
 
 lint: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check .
