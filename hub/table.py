@@ -128,7 +128,8 @@ def handle_long_rows(name, rows, max_length, too_long):
         is_long = np.asarray(rows["length"]) > max_length
     kept = rows.select(np.flatnonzero(~is_long))
     if os.environ.get("RANK", "0") == "0":
-        print(f"{name}: {found} ({count}): {is_long.sum()} dropped, the others cut", flush=True)
+        others = ", the others cut" if too_long == "cut" else ""
+        print(f"{name}: {found} ({count}): {is_long.sum()} dropped{others}", flush=True)
     require(len(kept), f"{name}: all rows are longer than {max_length} tokens")
     return kept
 

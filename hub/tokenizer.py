@@ -45,7 +45,7 @@ class Tokenizer:
                 have equal ones, their ids mean the same.
     """
 
-    # tiktoken 0.14 panics, which no `except Exception` catches, at a million white characters in a row.
+    # tiktoken 0.14 can end in a panic, which no `except Exception` catches, on one kind of very large text.
     max_characters = 900_000
 
     def __init__(self, path):

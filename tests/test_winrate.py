@@ -975,7 +975,7 @@ def test_bad_samples_or_judges_are_one_line(module, tmp_path, case):
     with pytest.raises(UserError, match=words) as error:
         winrate.main(winrate.Config(judge=judge, samples=",".join(map(str, paths)), device="cpu"))
     assert "\n" not in str(error.value)
-    assert error.value.code == str(error.value)  # Python then exits with 1
+    assert error.value.code == f"error: {error.value}"  # Python prints it and exits with 1
 
 
 @pytest.mark.parametrize("script", [["sample.py"], ["-m", "evals.winrate"]], ids=["sample.py", "evals.winrate"])
