@@ -461,7 +461,7 @@ def test_a_score_that_is_not_finite_stops_before_the_update(pipeline):
 
 def test_an_error_of_the_users_function_is_left_as_it_is(pipeline):
     def score(queries, responses):
-        open("/no/such/file")
+        Path("/no/such/file").read_text()
 
     cfg = pipeline.config(ppo, "own_error", reward_model="")
     with pytest.raises(FileNotFoundError, match="/no/such/file"):
