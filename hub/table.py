@@ -103,7 +103,9 @@ def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_t
     sources = [__file__, tokenizer.path, *(module.__file__ for module in modules)]
     contents = [Path(path).read_bytes() for path in sources]
     key = repr((raw.fingerprint, tokenizer.eos_id, max_query_tokens, n_responses, ranked, contents))
-    rows = load_table(hashlib.sha256(key.encode()).hexdigest()[:32], tokenise_all())
+    key = hashlib.sha256(key.encode()).hexdigest()[:32]
+    with explain(f"{raw.name}: its values cannot be kept in columns", ValueError, OverflowError):
+        rows = load_table(key, tokenise_all())
     require(len(rows), f"{raw.name}: no rows; give a split that has some")
     if max_length:
         rows = handle_long_rows(raw.name, rows, max_length, too_long)

@@ -382,7 +382,7 @@ def test_config_json_of_a_run_is_none_of_a_model(tmp_path):
 def test_missing_directory_tells_what_lies_beside_it(tmp_path):
     touch("sft/metrics.jsonl")(tmp_path)
     message = refusal(tmp_path / "sft" / "final")
-    assert re.search(r"no directory of that name .*sft lie: metrics.jsonl", message)
+    assert re.search(r"no directory or file of that name .*sft lie: metrics.jsonl", message)
     assert "hub" not in message
 
 
@@ -428,7 +428,7 @@ def test_home_directory_is_expanded(asked, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("source", ["out/sft/final", "./final", "/nowhere/final", "~/nowhere"])
 def test_path_is_not_asked_of_the_hub(source, asked):
-    with pytest.raises(UserError, match="no directory of that name"):
+    with pytest.raises(UserError, match="no directory or file of that name"):
         find_model(source)
     assert asked == []
 
@@ -525,4 +525,4 @@ def test_export_is_a_command(reward_model, tmp_path):
     assert "-4.75" in result.stdout
     assert (tmp_path / "hf" / "model.safetensors").exists()
     again = subprocess.run(command[:-1], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert again.returncode == 1 and again.stderr.strip() == "write: python -m hub.export MODEL OUT"
+    assert again.returncode == 1 and again.stderr.strip() == "error: write: python -m hub.export MODEL OUT"
