@@ -32,14 +32,22 @@ def read_jsonl(path):
     rows = []
     with explain(f"{path}: cannot be read", *UNREADABLE), open(expand(path), encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
-            with explain(f"{path}: line {number} is not a JSON object", *UNREADABLE):
-                row = json.loads(line)
-                # Half a pair of surrogates is valid JSON, but no text that can be written again.
+            place = f"{path}: line {number}"
+            row = parse_object(line, place)
+            # Half a pair of surrogates is valid JSON, but no text that can be written again.
+            with explain(f"{place} is not a JSON object", *UNREADABLE):
                 json.dumps(row, ensure_ascii=False).encode()
-            kind = type(row).__name__
-            require(kind == "dict", f"{path}: line {number} is a {kind}, not a JSON object")
             rows.append(row)
     return rows
+
+
+def parse_object(text, place):
+    """The JSON object that a text holds; raises UserError that names its `place` if it is something else."""
+    with explain(f"{place} is not a JSON object", *UNREADABLE):
+        row = json.loads(text)
+    kind = type(row).__name__
+    require(kind == "dict", f"{place} is a {kind}, not a JSON object")
+    return row
 
 
 def write_jsonl(path, rows, mode="w"):

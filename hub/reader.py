@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import UserError, explain, require
-from hub.files import UNREADABLE, expand, what_lies_at
+from hub.files import UNREADABLE, expand, parse_object, what_lies_at
 
 CSV_CELL = 2**30  # characters of the longest cell; the csv module would stop at 131,072
 
@@ -157,14 +157,6 @@ def read_lines(path):
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield f"line {number}", parse_object(line, f"line {number}")
-
-
-def parse_object(text, place):
-    with explain(f"{place} is not a JSON object", *UNREADABLE):
-        row = json.loads(text)
-    kind = type(row).__name__
-    require(kind == "dict", f"{place} is a {kind}, not a JSON object")
-    return row
 
 
 def read_array(path):

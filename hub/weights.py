@@ -13,7 +13,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from configurator import UserError, explain, require
 from hub.config import read_config
-from hub.files import read_json, what_lies_at
+from hub.files import expand, read_json, what_lies_at
 from hub.missing import no_model
 
 # Masks and rotary tables that old Pythia files carry along; they hold nothing that was learned.
@@ -23,7 +23,7 @@ FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  #
 
 def find_model(source, revision="main", patterns=("*.json", "*.safetensors")):
     """A directory as it is; anything else is a hub id, or id@revision, whose files that fit `patterns` are fetched."""
-    source = os.path.expanduser(source)
+    source = expand(source)
     if os.path.isdir(source):
         return source
 
