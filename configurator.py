@@ -60,7 +60,7 @@ OTHER_NAMES = dict(
     num_generations="group_size", num_iterations="n_epochs", epsilon="cliprange", beta="kl_coef",
     missing_eos_penalty="missing_eos_score, which replaces the score",
     eval_steps="eval_every", save_steps="save_every", save_total_limit="keep_checkpoints",
-    resume_from_checkpoint="out_dir, from which the same command goes on",
+    report_to="log_to", resume_from_checkpoint="out_dir, from which the same command goes on",
 )  # fmt: skip
 
 

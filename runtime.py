@@ -8,6 +8,7 @@ All randomness is a function of the seed and of where in the run it is drawn: th
 """
 
 import math
+import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from hub.config import GPTNeoXConfig
 from hub.files import expand, move, split_names, write_jsonl
 from hub.reader import has_split
 from hub.tokenizer import Tokenizer
+from hub.trackers import Tracker, require_library
 from hub.weights import find_model
 
 
@@ -87,6 +89,8 @@ class TrainConfig(RunConfig):
     save_every: int = 0  # updates between resumable checkpoints; 0: none but that of a run stopped by a signal
     keep_checkpoints: Count = 2  # how many of them to keep: the last ones
     keep_every: int = 0  # and those after each multiple of this many updates; 0: no others
+    # ---- logging
+    log_to: Literal["none", "csv", "tensorboard", "wandb"] = "none"  # where metrics go besides metrics.jsonl
 
 
 # ---------------------------------------------------------------------------- the start
@@ -108,6 +112,7 @@ def start(cfg, n_responses, models, functions, tokenizer_source="", n_minibatche
     models, functions: what else decides the run, see `check_inputs`. n_responses and options go to `load_rows`.
     Returns this process's World, and Data. Raises Done if the run is complete already.
     """
+    require_library(cfg.log_to)
     world = World(cfg)
     out_dir = open_directory(cfg, world)
     tokenizer = Tokenizer.load(tokenizer_source or cfg.model)
@@ -177,6 +182,8 @@ class Run:
         self.optimizer = make_optimizer(cfg, self.models, lrs or {})
         self.losses = []  # (positions in the batch, loss): `backward` appends, `optimizer_step` looks and clears
         self.skipped = 0  # steps that optimizer_step left out since the last row of metrics.jsonl
+        self.n_tokens = 0  # of this update's passes with gradients
+        self.tracker = None  # `updates` opens it, at the step from which the run goes on
 
         self.state = {}  # what else a resumed run needs, in JSON; stages and variants change it in place
         self.bar = tqdm(total=self.total, disable=not world.is_main, desc=self.out_dir.name)
@@ -189,12 +196,19 @@ class Run:
         SIGTERM or SIGINT (Ctrl-C) ends the run after the update, with a checkpoint; after that, Ctrl-C ends it at once.
         """
         resume(self)
+        if self.world.is_main:
+            self.tracker = Tracker(self, self.cfg.log_to)
+
         self.bar.initial = self.step
         self.bar.n = self.step
         self.signals.listen()
 
         while self.step < self.total:
+            self.n_tokens = 0
+            begin = time.perf_counter()
             yield self.step
+            self.log_time(time.perf_counter() - begin)
+
             self.step += 1
             self.bar.update()
 
@@ -225,6 +239,7 @@ class Run:
 
         With train_gather parameters and gradients stay whole until the last.
         """
+        self.n_tokens += sum(lengths)
         micro_batches = self.world.split_rows(lengths, self.cfg.micro_batch_size)
         for number, indices in enumerate(micro_batches, 1):
             is_last = number == len(micro_batches)
@@ -244,7 +259,23 @@ class Run:
 
         if self.world.is_main:
             write_jsonl(self.out_dir / "metrics.jsonl", [row], "a")
+            self.tracker.log(row)
         self.bar.set_postfix({name.split("/")[-1]: f"{metrics[name]:.4g}" for name in watch})
+
+    def log_time(self, seconds):
+        """Append a row to timing.jsonl: how long this update took, with all that was done in it.
+
+        tokens: of the rows that were trained on, once for each pass with gradients.
+        """
+        row = {
+            "step": self.step,
+            "time": time.time(),
+            "seconds": seconds,
+            "tokens_per_second": self.n_tokens / seconds,
+            "episodes_per_second": self.cfg.batch_size / seconds,
+        }
+        if self.world.is_main:
+            write_jsonl(self.out_dir / "timing.jsonl", [row], "a")
 
     def export(self, model, name="final"):
         """Write out_dir/`name`, a model directory that transformers and the next stage load. Collective."""

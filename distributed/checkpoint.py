@@ -18,12 +18,12 @@ import torch.distributed.checkpoint as dcp
 from configurator import UserError, require
 from hub.files import move, read_json, write_json
 
-LOGS = ("metrics.jsonl", "samples.jsonl")
+LOGS = ("metrics.jsonl", "samples.jsonl", "timing.jsonl")
 # What changes a run's speed, its memory or its files, and no number (but its rounding): a resumed run may have others.
 FREE = (
     "device", "micro_batch_size", "rollout_micro_batch_size", "shard_size", "offload", "compile", "rollout_gather",
     "train_gather", "logits_chunk", "activation_checkpointing", "save_every", "keep_checkpoints", "keep_every",
-    "export_every",
+    "export_every", "log_to",
 )  # fmt: skip
 TENSORS_PER_FILE = 32  # a file is copied to CPU memory before it is written
 

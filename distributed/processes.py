@@ -77,9 +77,12 @@ class World:
         """Apply function(indices (rows,)) -> dict of tensors (rows, ...) to micro-batches of all rows 0 .. n-1.
 
         The ranks share the work; each gets the results of all rows, in row order: a dict of tensors (n, ...).
+        What takes more than two seconds has a progress bar, with the function's name.
         """
         micro_batches = self.split_rows(lengths, micro_batch_size)
-        results = [function(indices) for indices in micro_batches]
+        options = {"delay": 2, "leave": False, "disable": not self.is_main}
+        bar = tqdm(micro_batches, desc=function.__name__, **options)
+        results = [function(indices) for indices in bar]
         mine = torch.from_numpy(np.concatenate(micro_batches))
         indices = self.gather_rows(mine.to(self.device))
         # All rows in order; one that was dealt twice counts once.

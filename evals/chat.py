@@ -14,6 +14,7 @@ import sqlite3
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
+from tqdm import tqdm
 
 from configurator import UserError, explain, require
 
@@ -139,7 +140,8 @@ def ask_missing(asker, missing, keys, replies, workers):
     pool = ThreadPoolExecutor(workers)
     try:
         futures = {pool.submit(asker, prompt): key for key, prompt in missing.items()}
-        for future in as_completed(futures):
+        bar = tqdm(as_completed(futures), desc=asker.model, total=len(futures), delay=2)
+        for future in bar:
             reply, refused = future.result()
             if reply is not None:
                 replies.keep(futures[future], reply)

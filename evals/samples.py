@@ -102,11 +102,11 @@ def sample(cfg, world, tokenizer, model, queries, *key):
 def measure(cfg, world, function, queries, responses):
     """Apply function(queries, responses) -> (rows,) to micro-batches of all rows; returns a list of n floats."""
 
-    def apply(indices):
+    def measure_some(indices):
         return {"values": function(pick(queries, indices), pick(responses, indices))}
 
     lengths = list(map(len, join(queries, responses)))
-    columns = world.map_rows(apply, lengths, cfg.micro_batch_size)
+    columns = world.map_rows(measure_some, lengths, cfg.micro_batch_size)
     return columns["values"].tolist()
 
 

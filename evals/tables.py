@@ -1,10 +1,12 @@
 """What runs report of many rows: ROUGE, and where and how often a reward model is right."""
 
+import os
 import unicodedata
 from types import SimpleNamespace
 
 import numpy as np
 import regex  # it knows scripts, and tiktoken brings it
+from tqdm import tqdm
 
 from hub.files import write_json
 
@@ -28,7 +30,10 @@ def rouge(references, responses):
         tokenizer = SimpleNamespace(tokenize=words)
 
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], tokenizer=tokenizer)
-    scores = list(map(scorer.score, references, responses))
+    pairs = list(zip(references, responses))
+    is_main = os.environ.get("RANK", "0") == "0"
+    bar = tqdm(pairs, desc="ROUGE", delay=2, leave=False, disable=not is_main)
+    scores = [scorer.score(reference, response) for reference, response in bar]
     means = {}
     for name in scorer.rouge_types:
         measures = [score[name].fmeasure for score in scores]

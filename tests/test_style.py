@@ -28,7 +28,7 @@ NOT_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, to
 FLOORS = [
     ["configurator"],
     ["hub.files", "hub.config", "hub.missing", "hub.weights", "hub.tokenizer", "hub.companions", "hub.rows",
-     "hub.queries", "hub.reader", "hub.table"],
+     "hub.queries", "hub.reader", "hub.table", "hub.trackers"],
     ["generation"],
     ["data"],
     ["fast"],
