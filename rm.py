@@ -9,7 +9,8 @@ rounding), and the critic that starts from this model inherits it. Writes out_di
 
 A row may rank more than two responses (arXiv:2203.02155: all its pairs make one element of the loss), or carry the
 probability that its first response is the better one. An ensemble is several runs with --normalize_std and other
-seeds; ppo.py and sample.py average the models that are given as --reward_model=a,b,c.
+seeds; ppo.py and sample.py average the models that are given as --reward_model=a,b,c. With --normalize_only `model` is
+a reward model already: it is centred and evaluated.
 
 Shapes: B rows in a micro-batch, K responses per row (2 for pairs), the best first; T tokens.
 """
@@ -19,11 +20,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from configurator import Share, configure
+from configurator import Share, configure, require
 from data import collate, last_scalars
 from evals.tables import accuracy_table, report
 from model import ScalarModel
-from runtime import Run, TrainConfig, backward, load_model, load_split, optimizer_step, stage, start
+from runtime import Run, TrainConfig, backward, check_rows, load_model, load_split, optimizer_step, stage, start
 
 TLDR_PAIRS = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"
 TLDR_POSTS = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"
@@ -37,6 +38,7 @@ class Config(TrainConfig):
     data: str = TLDR_PAIRS  # hub id, directory or file (hub/reader.py)
     # ---- reward
     normalize_data: str = "auto"  # its responses get mean reward 0; auto: TL;DR's for TL;DR, or `data`'s; empty: none
+    normalize_only: bool = False  # train nothing: `model` is a reward model, of another project for example
     normalize_std: bool = False  # also scale them to deviation 1, before training and after (arXiv:1909.08593)
     # ---- loss
     target_clamp: float = 0.5  # keep target probabilities within 0.5 -+ this (arXiv:2212.08073: 0.1); 0.5: as they are
@@ -45,12 +47,17 @@ class Config(TrainConfig):
 
 @stage
 def main(cfg):
+    require(cfg.normalize_data or not cfg.normalize_only, "normalize_only needs normalize_data; name some")
     world, data = start(cfg, 2, {"model": cfg.model}, {}, ranked=True)
+    if cfg.normalize_only:
+        data.n_updates = 0
     tokenizer = data.tokenizer
     references = None
     if cfg.normalize_data:
         references = load_split(cfg, world, tokenizer, reference_source(cfg), cfg.train_split, n_responses=1)
-    model = load_model(cfg, world, tokenizer, ScalarModel, cfg.model, trainable=True, new_head=True)
+        check_rows(cfg, world, "normalize_data", references)
+    new_head = not cfg.normalize_only
+    model = load_model(cfg, world, tokenizer, ScalarModel, cfg.model, trainable=True, new_head=new_head)
     run = Run(cfg, world, data, {"model": model})
     for step in run.updates():
         # Gain and bias are set on the new head as well, before it learns. (A resumed run has no step 0.)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from configurator import Count, Share, UserError, check, require
 from data import batch_indices, load_rows
 from distributed.checkpoint import open_directory, resume, save_checkpoint
-from distributed.inputs import check_inputs
+from distributed.inputs import check_inputs, check_rows  # noqa: F401
 from distributed.optimizer import backward, make_optimizer, optimizer_step  # noqa: F401
 from distributed.processes import Done, Signals, World, stage  # noqa: F401
 from distributed.sharding import generate_rows, keep_whole, load_model  # noqa: F401
@@ -134,7 +134,7 @@ def start(cfg, n_responses, models, functions, tokenizer_source="", n_minibatche
     world.print(f"{n_updates} updates: {shape}")
 
     data = Data(tokenizer, train, held_out, n_updates)
-    check_inputs(cfg, world, out_dir, data, models, functions)
+    check_inputs(cfg, world, data, models, functions)
     # Rank 0 looks: processes must not differ in what they find.
     if world.agree_on((out_dir / "final").exists()):
         world.print(f"{out_dir}/final is there already; to train again, choose another out_dir")

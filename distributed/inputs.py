@@ -5,6 +5,7 @@ refused.
 import hashlib
 import inspect
 import json
+from pathlib import Path
 
 import pyarrow
 
@@ -13,25 +14,32 @@ from hub.files import read_json, split_names, write_json
 from hub.weights import find_model, weight_files
 
 
-def check_inputs(cfg, world, out_dir, data, models, functions):
+def check_inputs(cfg, world, data, models, functions):
     """Compare with what out_dir/config.json says that the run began with; a new run is entered there.
 
     models: {the name of a field: its sources, as in --reward_model=a,b}. functions: {the name of a door: what came
     through it}. Raises UserError that names what is another one.
     """
-    inputs = None
-    if world.is_main:
-        inputs = fingerprints(cfg, data, models, functions)
+    compare(cfg, world, fingerprints(cfg, data, models, functions) if world.is_main else None)
+
+
+def check_rows(cfg, world, name, rows):
+    """The same for further rows: those of the field `name`."""
+    compare(cfg, world, {name: fingerprint_rows(rows)} if world.is_main else None)
+
+
+def compare(cfg, world, inputs):
+    """inputs: {name: digest}, on rank 0."""
     inputs = world.agree_on(inputs)
-    stored = read_json(out_dir / "config.json")
-    was = stored.get("inputs", inputs)
-    names = sorted({*was, *inputs})
-    changed = [name for name in names if was.get(name) != inputs.get(name)]
+    path = Path(cfg.out_dir) / "config.json"
+    stored = read_json(path)
+    was = stored.get("inputs", {})
+    changed = sorted(name for name in inputs if was.get(name, inputs[name]) != inputs[name])
     mend = "choose another out_dir, or go on knowingly with --accept_changes"
-    found = f"{out_dir} holds a run that began with another {', another '.join(changed)}"
+    found = f"{cfg.out_dir} holds a run that began with another {', another '.join(changed)}"
     require(not changed or cfg.accept_changes, f"{found}; {mend}")
     if world.is_main:
-        write_json(out_dir / "config.json", {**stored, "inputs": inputs})
+        write_json(path, {**stored, "inputs": {**was, **inputs}})
 
 
 def fingerprints(cfg, data, models, functions):

@@ -175,6 +175,8 @@ CASES = {
     "negative learning rate": (sft, lambda d: dict(lr=-1.0), "'lr' takes finite float from 0"),
     "no decay of the moments": (rm, lambda d: dict(adam_beta2=1.0), "'adam_beta2' takes float from 0 and below 1"),
     "more noise than labels": (rm, lambda d: dict(label_noise=1.5), "'label_noise' takes float from 0 and below 1"),
+    "normalised on nothing": (rm, lambda d: dict(normalize_only=True, normalize_data=""), "needs normalize_data; name"),
+    "no reward model to normalise": (rm, lambda d: dict(normalize_only=True), "missing score.weight"),
     "negative clamp": (rm, lambda d: dict(target_clamp=-0.4), "'target_clamp' takes finite float from 0"),
     "the critic alone to the end": (ppo, lambda d: dict(critic_steps=2), "critic_steps must be below 2"),
     "nothing to adapt": (ppo, lambda d: dict(kl_coef=0.0, kl_target=1.0), "kl_target adapts kl_coef.*above 0"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline import read_rows, write_rows
+from pipeline import in_update, read_rows, write_rows
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -20,6 +20,7 @@ from configurator import UserError
 from data import Tokenizer, uniforms
 from generation import sample_token
 from hub.rows import chat_text
+from variants import ptx
 
 ROWS = [{"prompt": f"say {number % 7}:", "completion": f" {number % 5}"} for number in range(48)]
 
@@ -121,6 +122,30 @@ def test_a_run_does_not_go_on_with_another_reward(pipeline, tmp_path, capsys):
     assert "is there already" in capsys.readouterr().out
     with pytest.raises(UserError, match="began with another score"):
         ppo.main(cfg, score=lambda queries, responses: [1.0 for _ in responses])
+
+
+def test_a_run_does_not_go_on_with_other_rows_beside_its_data(pipeline, tmp_path):
+    """Those that the reward is normalised on, and those of PPO-ptx: changed after a crash in the second update."""
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+    cases = {
+        "normalize_data": (rm, dict(normalize_data=rows, episodes=24)),
+        "ptx_data": (ptx, dict(ptx_data=rows, ptx_coef=0.5, max_length=0, episodes=24, n_epochs=1)),
+    }
+
+    def fail():
+        raise ZeroDivisionError
+
+    for name, (stage, options) in cases.items():
+        write_rows(tmp_path / "rows.jsonl", ROWS)
+        cfg = pipeline.config(stage, "x", save_every=1, out_dir=str(tmp_path / name), **options)
+        with in_update(cfg, 1, fail), pytest.raises(ZeroDivisionError):
+            stage.main(cfg)
+        write_rows(tmp_path / "rows.jsonl", ROWS[1:])
+        with pytest.raises(UserError, match=f"holds a run that began with another {name}; choose another out_dir"):
+            stage.main(cfg)
+        write_rows(tmp_path / "rows.jsonl", ROWS)
+        stage.main(cfg)
+        assert (tmp_path / name / "final").exists()
 
 
 def test_nothing_is_held_out_of_a_single_file(pipeline, tmp_path, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from pipeline import EVERYTHING, ROUNDING, in_update, metrics, nan_in, read_rows, same_metrics
 from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -129,6 +130,37 @@ def test_rm_normalization_centres_the_references_through_the_bias(pipeline, post
     assert np.std(rewards) == pytest.approx(last["normalize/std"], abs=FORWARD)  # no gain
     bias = load_file(pipeline.rm / "model.safetensors")["score.bias"].item()
     assert bias == pytest.approx(-last["normalize/mean"], abs=FORWARD)  # training left it at 0
+
+
+def test_rm_normalize_only_centres_a_classifier_of_transformers(pipeline, posts):
+    """Its head has no bias: it gets one, and no other number changes. By transformers' own head, in its own class."""
+    directory = pipeline.directory / "classifier"
+    shutil.copytree(pipeline.sft, directory)
+    config = transformers.AutoConfig.from_pretrained(pipeline.sft, num_labels=1, pad_token_id=1)
+    torch.manual_seed(0)
+    theirs = transformers.GPTNeoXForSequenceClassification(config).eval()
+    theirs.save_pretrained(directory)
+    rows = posts.select(range(20))
+    rewards = []
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor([row["query"] + row["responses"][0]])
+            rewards.append(theirs(ids).logits.item())
+
+    source = f"{pipeline.data}/sft_{{split}}.jsonl"
+    options = dict(normalize_only=True, normalize_data=source, train_split="train[:20]", eval_split="validation")
+    cfg = pipeline.config(rm, "normalized", model=str(directory), data=source.replace("sft", "comparisons"), **options)
+    rm.main(cfg)
+
+    before = load_file(directory / "model.safetensors")
+    after = load_file(Path(cfg.out_dir) / "final" / "model.safetensors")
+    assert after.pop("score.bias").item() == pytest.approx(-np.mean(rewards), abs=FORWARD)
+    assert after.keys() == before.keys()
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name]), name
+    report = json.loads((Path(cfg.out_dir) / "eval.json").read_text())
+    assert report["normalize/mean"] == pytest.approx(np.mean(rewards), abs=FORWARD)
+    assert 0 < report["accuracy"]["all"]["n"] <= 15  # the pairs held out were judged, too
 
 
 def test_rm_first_loss_is_that_of_its_initial_head(pipeline, pairs):

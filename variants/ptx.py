@@ -10,7 +10,7 @@ import ppo
 from configurator import configure
 from data import batch_indices, collate
 from hub.tokenizer import Tokenizer
-from runtime import World, backward, load_split, stage
+from runtime import World, backward, check_rows, load_split, stage
 
 
 @dataclass
@@ -34,6 +34,8 @@ class PretrainingMix:
         self.step = -1
 
     def __call__(self, run, cfg, metrics):
+        if self.step == -1:
+            check_rows(cfg, run.world, "ptx_data", self.rows)
         if self.step != run.step:
             # A new update: as many rows as the batch has, in the order of its minibatches.
             self.step = run.step
