@@ -10,7 +10,7 @@ rounding), and the critic that starts from this model inherits it. Writes out_di
 A row may rank more than two responses (arXiv:2203.02155: all its pairs make one element of the loss), or carry the
 probability that its first response is the better one. An ensemble is several runs with --normalize_std and other
 seeds; ppo.py and sample.py average the models that are given as --reward_model=a,b,c. With --normalize_only `model` is
-a reward model already: it is centred and evaluated.
+a reward model already: it is centred (on normalize_data, if there is any) and evaluated.
 
 Shapes: B rows in a micro-batch, K responses per row (2 for pairs), the best first; T tokens.
 """
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from configurator import Share, configure, require
+from configurator import Share, configure
 from data import collate, last_scalars
 from evals.tables import accuracy_table, report
 from model import ScalarModel
@@ -47,7 +47,6 @@ class Config(TrainConfig):
 
 @stage
 def main(cfg):
-    require(cfg.normalize_data or not cfg.normalize_only, "normalize_only needs normalize_data; name some")
     world, data = start(cfg, 2, {"model": cfg.model}, {}, ranked=True)
     if cfg.normalize_only:
         data.n_updates = 0
