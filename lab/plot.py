@@ -65,8 +65,15 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 
 
 def read_metrics(directory):
-    """The rows of a run's metrics.jsonl, a dict per update; a last line that is not whole yet is left out."""
+    """The rows of a run's metrics.jsonl, a dict per update; raises UserError if there is none yet."""
     path = Path(directory) / "metrics.jsonl"
+    rows = read_rows(path)
+    require(rows, f"{path}: no rows yet; wait for the first update")
+    return rows
+
+
+def read_rows(path):
+    """The rows of a file that a run appends to, each with its `step`; a last line that is not whole yet is left out."""
     with explain(f"{path} cannot be read, give the directory of a training run", OSError):
         lines = path.read_bytes().splitlines()
     rows = []
@@ -79,7 +86,6 @@ def read_metrics(directory):
             is_update = isinstance(row, dict) and "step" in row
             require(is_update, f"{path}: line {number} is no update's; give the directory of a training run")
             rows.append(row)
-    require(rows, f"{path}: no rows yet; wait for the first update")
     return rows
 
 
@@ -89,7 +95,8 @@ def values(rows, key):
     for row in rows:
         number = row.get(key)
         numbers.append(math.nan if number is None else number)
-    return np.array(numbers, dtype=float)
+    with explain(f"'{key}' is not a number in every row; mend the file", TypeError, ValueError):
+        return np.array(numbers, dtype=float)
 
 
 def running_mean(x, window):
