@@ -1,13 +1,16 @@
 """The query made of a post, cut to its length as the reference does (arXiv:2403.17031 details 2.1 to 2.3)."""
 
 import bisect
+import functools
 import itertools
 import unicodedata
 
 from configurator import require
 from hub.rows import text_of
 
+LONG_WORD = 100  # characters of a word for which it pays to look closer
 MAX_ARTICLE_TOKENS = 1919  # 2047 - 128: what the reference leaves for a CNN/DM article
+
 
 def format_query(row, tokenizer, max_tokens=512):
     """Token ids of a TL;DR (or CNN/DM) query of at most max_tokens tokens; arXiv:2403.17031 details 2.1 to 2.3.
@@ -59,15 +62,52 @@ def first_length_too_long(head, text, tokenizer, max_tokens):
         # Elsewhere than in NFC a mark may still join the letter before it.
         if ends_word(character, following) and (is_normalized or following.isspace()):
             ends_of_words.append(end)
-    first = bisect.bisect_right(ends_of_words, max_tokens, key=n_tokens)
-    if first == len(ends_of_words):
-        return len(text)
-    return ends_of_words[first]
+    number = bisect.bisect_right(ends_of_words, max_tokens, key=n_tokens)
+    ends = [0, *ends_of_words, len(text)]
+    fits = ends[number]
+    too_long = ends[number + 1]
+    if too_long - fits < LONG_WORD or not is_normalized:
+        return too_long
+
+    # Within a word the count may rise and fall, but it takes some tokens at least to spell out what is there.
+    before = (head + text[:fits]).rstrip()
+    word = (head + text[:too_long])[len(before) :]
+    room = max_tokens - len(tokenizer.encode(before))
+    return len(before) + longest_possible(word, tokenizer, room) + 1 - len(head)
 
 
 def ends_word(character, following):
-    """Whether `character` ends a run of letters, or of digits, whatever comes after `following`."""
+    """Whether `character` ends a word, or a run of letters or of digits, whatever comes after `following`."""
+    if following in " \n" and not character.isspace():
+        return True
     kind = unicodedata.category(character)[0]
     following_kind = unicodedata.category(following)
     # A character that this Python does not know may be a letter to a newer library.
     return kind in "LN" and following_kind[0] != kind and following_kind != "Cn"
+
+
+def longest_possible(text, tokenizer, room):
+    """The length after which no cut of `text` can be spelt with `room` tokens, however they are chosen."""
+    tokens, lengths = all_tokens(tokenizer)
+    data = text.encode()
+    fewest = [0]  # how few tokens spell the first bytes
+    for end in range(1, len(data) + 1):
+        starts = [end - length for length in lengths if length <= end]
+        fewest.append(1 + min(fewest[start] for start in starts if data[start:end] in tokens))
+        if min(fewest[-lengths[-1] :]) > room:
+            break  # and so it is for all that are longer
+
+    possible = 0
+    n_bytes = 0
+    for length, character in enumerate(text, 1):
+        n_bytes += len(character.encode())
+        if n_bytes < len(fewest) and fewest[n_bytes] <= room:
+            possible = length
+    return possible
+
+
+@functools.lru_cache(maxsize=4)
+def all_tokens(tokenizer):
+    """The bytes of all tokens that a text can hold, and the lengths that they have, in order."""
+    tokens = {token for token in tokenizer.vocabulary.values() if isinstance(token, bytes)}
+    return tokens, sorted(set(map(len, tokens)))
