@@ -5,11 +5,13 @@ A source is one of
     mine_{split}.jsonl      files, one a split: .jsonl, .ndjson, .json, .csv (with a header), each also as .gz; .parquet
     mine.jsonl              such a file with no split in its name: all of its rows are `train`
     a/directory             of such files, in the hub's layout
-    name/of-a-set           a data set of the hub; name:config@revision for one of its configurations or versions
+    name/of-a-set           a data set of the hub; name/of-a-set:config for one of its configurations (or folders), and
+                            name/of-a-set@revision or name/of-a-set:config@revision for a version
 
 and a split is train, train[:100], train[90%:], train+validation, or several such parts joined by +.
 """
 
+import contextlib
 import csv
 import glob
 import gzip
@@ -18,14 +20,21 @@ import io
 import itertools
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import HfApi, hf_hub_download
+
 from configurator import UserError, explain, require
 from hub.files import UNREADABLE, expand, parse_object, what_lies_at
+from hub.weights import explain_hub, fetch
 
+CARDS = ["README.md", ".huggingface.yaml"]  # say what the configurations of a data set are
+CONVERTED = "refs/convert/parquet"  # where the hub keeps a copy of each public data set, a folder a configuration
+JSON = "extension<arrow.json>"  # in the names of Arrow types
 CSV_CELL = 2**30  # characters of the longest cell; the csv module would stop at 131,072
 
 
@@ -44,14 +53,14 @@ class Split:
 def read_split(source, split):
     """Find the rows of a split; they are read when they are asked for. Raises UserError if there are none to find."""
     with explain(f"{source} [{split}]", UserError):
-        if is_on_disk(source):
-            return from_disk(source, split)
-        return from_hub(source, split)
+        find = find_files if is_on_disk(source) else find_on_hub
+        return find_split(source, split, find)
 
 
 def is_on_disk(source):
     """Whether a source is a file or a directory, there or not."""
-    return kind_of(source) in READERS or os.path.exists(expand(source)) or source.startswith(("~", "/", "."))
+    is_there = os.path.exists(expand(source)) or os.path.isdir(expand(source.split(":")[0]))
+    return is_there or kind_of(source) in READERS or source.startswith(("~", "/", "."))
 
 
 def has_split(source, split):
@@ -69,14 +78,12 @@ def split_name(part):
     return part.split("[")[0].strip()
 
 
-# ---------------------------------------------------------------------------- on the disk
-
-
-def from_disk(source, split):
+def find_split(source, split, find):
+    """find: (source, the name of a split) -> the paths of its files, on this machine."""
     parts = []
     digest = hashlib.sha256()
     for part in split.split("+"):
-        paths = find_files(source, split_name(part))
+        paths = find(source, split_name(part))
         start, end = bounds_of(part, paths)
         parts.append((paths, start, end))
         for path in paths:
@@ -93,11 +100,18 @@ def from_disk(source, split):
     return Split(f"{source} [{split}]", digest.hexdigest(), read)
 
 
+# ---------------------------------------------------------------------------- on the disk
+
+
 def find_files(source, name):
     """The paths of a split's files."""
     path = expand(source.replace("{split}", name))
-    if os.path.isdir(path) and kind_of(path) not in READERS:
-        return files_of_directory(path, name)
+    directory, _, config = path.partition(":")
+    if os.path.isdir(path):
+        directory = path
+        config = ""
+    if os.path.isdir(directory):
+        return files_of_directory(directory, name, config, f"{directory}:{{}}")
     alone = f"there is no {{split}} in its path, so all of its rows are 'train' and none {name!r}"
     require(has_split(source, name), f"{alone}; use train, or train[:90%] and train[90%:]")
     # A path may hold [ and *, too.
@@ -106,20 +120,34 @@ def find_files(source, name):
     return paths
 
 
-def files_of_directory(path, name):
+def files_of_directory(path, name, config, called):
     """By the rules of the `datasets` library: the names of files and folders, or the README's list, say what is in a
-    split.
+    split. config: one of the README's configurations, or a folder if it has none.
+    called: what a user writes for the configuration {}.
     """
     import datasets  # here, since it takes a second and a notebook may only want the tokenizer
 
-    with explain(f"{path}: is not laid out as a data set; {what_lies_at(path)}", Exception):
-        files = datasets.load_dataset_builder(path).config.data_files
+    with explain(f"is not laid out as a data set; {what_lies_at(path)}", Exception):
+        configs = datasets.get_dataset_config_names(path)
+        default = datasets.get_dataset_default_config_name(path)
+    folder = os.path.join(path, config)
+    if configs == ["default"] and config not in configs and os.path.isdir(folder):
+        return files_of_directory(folder, name, "default", called)
+    config = config or default
+    require(config in configs, name_one(configs, called))
+
+    with explain(f"is not laid out as a data set; {what_lies_at(path)}", Exception):
+        files = datasets.load_dataset_builder(path, config).config.data_files
     found = ", ".join(map(str, files))
-    require(name in files, f"{path}: has no split {name!r}, but {found}; use one of these")
+    require(name in files, f"has no split {name!r}, but {found}; use one of these")
     for file in files[name]:
         known = ", ".join(READERS)
         require(kind_of(file) in READERS, f"{file}: its kind is not known; use one of {known}")
     return list(files[name])
+
+
+def name_one(configs, called):
+    return f"its configurations are {', '.join(configs)}; name one of them: {called.format(configs[0])}"
 
 
 def bounds_of(part, paths):
@@ -196,10 +224,25 @@ def read_parquet(path):
 
     number = 0
     with explain("not a parquet file", pyarrow.ArrowException):
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000):
+        file = pyarrow.parquet.ParquetFile(path)
+        mixed = [field for field in file.schema_arrow if JSON in str(field.type)]
+        for batch in file.iter_batches(batch_size=1000):
             for row in batch.to_pylist():
+                for field in mixed:
+                    row[field.name] = decode_json(row[field.name], field.type)
                 yield f"row {number}", row
                 number += 1
+
+
+def decode_json(value, kind):
+    """A value of an Arrow type: where the rows' own types differ, `datasets` has put them into texts of JSON."""
+    if value is None or JSON not in str(kind):
+        return value
+    if hasattr(kind, "value_type"):
+        return [decode_json(item, kind.value_type) for item in value]
+    if hasattr(kind, "fields"):
+        return {field.name: decode_json(value[field.name], field.type) for field in kind}
+    return json.loads(value)
 
 
 READERS = {
@@ -214,22 +257,52 @@ READERS = {
 # ---------------------------------------------------------------------------- the hub
 
 
-def from_hub(source, split):
-    """A data set of the hub, which the `datasets` library fetches and keeps by its version."""
+def find_on_hub(source, name):
+    """The paths of a split's files, fetched into the cache of the hub's library."""
+    repository, at, revision = source.partition("@")
+    repository, _, config = repository.partition(":")
+    called = f"{repository}:{{}}{at}{revision}"
+    with explain("no file or directory of that name", UserError):
+        cards = fetch(repository, revision or "main", CARDS, kind="dataset")
+    with explain_hub(repository, revision, "dataset"):
+        layout = layout_of(repository, cards)
+
+    script = f"{repository.split('/')[-1]}.py"
+    converted = f"try the hub's copy, {repository}:CONFIGURATION@{CONVERTED}"
+    require(not (layout / script).exists(), f"its rows are made by {script}, which is not run here; {converted}")
+    if revision == CONVERTED:
+        folders = sorted(path.name for path in layout.iterdir() if path.is_dir())
+        if not config and len(folders) == 1:
+            config = folders[0]
+        require(config in folders, name_one(folders, called))
+
+    paths = []
+    for file in files_of_directory(str(layout), name, config, called):
+        file = os.path.relpath(file, layout)
+        with explain_hub(repository, revision, "dataset"):
+            paths.append(hf_hub_download(repository, file, repo_type="dataset", revision=layout.name))
+    return paths
+
+
+def layout_of(repository, cards):
+    """A directory of files that have the names of those of a commit, but hold nothing: only its cards are whole.
+
+    By these the `datasets` library says what is in a split, before that is fetched, and without a network. (Its own
+    way to the hub gives the rows of another revision when the hub cannot be reached.)
+    """
     import datasets
 
-    datasets.disable_progress_bars()
-    name, _, revision = source.partition("@")
-    name, _, config = name.partition(":")
-    missing = "no file or directory, nor to be had from the hub"
-    with explain(missing, Exception):
-        rows = datasets.load_dataset(name, config or None, split=split, revision=revision or None)
-    # In such a column the library decodes each text that happens to be JSON: "1.50" would become a number.
-    mixed = [column for column, kind in rows.features.items() if isinstance(kind, datasets.Json)]
-    require(not mixed, f"the columns {mixed} mix texts with other values; download the file, and give its path")
-
-    def read():
-        for number, row in enumerate(rows):
-            yield f"row {number}", row
-
-    return Split(f"{source} [{split}]", rows._fingerprint, read)
+    commit = os.path.basename(cards)
+    layout = Path(os.path.realpath(datasets.config.HF_DATASETS_CACHE), "nplus", repository, commit)
+    if not layout.exists():
+        temporary = Path(f"{layout}.{os.getpid()}")
+        for file in HfApi().list_repo_files(repository, repo_type="dataset", revision=commit):
+            path = Path(f"{temporary}{os.path.normpath('/' + file)}")  # no name may lead out of the directory
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}")  # valid where the library reads JSON
+            if file in CARDS:
+                shutil.copy(os.path.join(cards, file), path)
+        # Another process may have been first.
+        with contextlib.suppress(OSError):
+            temporary.rename(layout)
+    return layout

@@ -58,8 +58,6 @@ class Tokenizer:
             self.is_nfc = len(steps(spec, "normalizer")) > 0
             added_tokens = spec.get("added_tokens", [])
             ids = number_tokens(spec["model"]["vocab"], added_tokens)
-            self.n_vocab = 1 + max(ids.values())
-            self.pad_id = self.n_vocab
 
             self.special = {}  # <|endoftext|> and the like, which no text is encoded to
             self.added = {}  # runs of spaces and the like, which are tokens of their own
@@ -74,6 +72,15 @@ class Tokenizer:
                 self.special[self.eos_token] = ids[self.eos_token]
             self.find_added = added_pattern(added_tokens, self.normalize)
 
+            # Padding behind the last id, such as TRL's [PAD], counts for nothing: no text is encoded to it, no response
+            # may hold it, and of two models' tokenizers one may have it and the other not.
+            padding = set()
+            for text, id in self.special.items():
+                if "pad" in text.lower() and text != self.eos_token:
+                    padding.add(id)
+            self.n_vocab = 1 + max(set(ids.values()) - padding)
+            self.pad_id = self.n_vocab
+
             others = {*self.special.values(), *self.added.values()}
             words = {token: id for token, id in ids.items() if id not in others}
             symbols = byte_symbols()
@@ -86,7 +93,8 @@ class Tokenizer:
             for text, id in self.added.items():
                 self.vocabulary[id] = text.encode()
             for text, id in self.special.items():
-                self.vocabulary[id] = text
+                if id < self.n_vocab:
+                    self.vocabulary[id] = text
 
         found = ", ".join(map(repr, list(self.special)[:9])) or "none"
         mend = f"special tokens: {found}; name one as eos_token in tokenizer_config.json beside it"

@@ -1,12 +1,14 @@
 """Weights in the hub's layout: safetensors, of which a process reads only its own rows."""
 
+import contextlib
 import glob
 import json
 import os
 import re
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -33,8 +35,34 @@ def find_model(source, revision="main", patterns=("*.json", "*.safetensors")):
     if is_path or os.path.isdir(source.split("/")[0]):
         missing += f" (is that stage done? `make demo` makes out/toy); {what_lies_at(source)}"
     require(not is_path, missing)
-    with explain(f"{missing}; nor to be had from the hub", Exception):
-        return snapshot_download(name, revision=behind or revision, allow_patterns=list(patterns))
+    with explain(missing, UserError):
+        return fetch(name, behind or revision, patterns)
+
+
+def fetch(name, revision, patterns, kind="model"):
+    """The directory of a hub repository's commit, by whose id it is called, with its files that fit `patterns`.
+
+    Those in folders are left out: a model's are its checkpoints, or it in other formats. What the cache has of the
+    revision serves if the hub is not to be reached.
+    """
+    with explain_hub(name, revision, kind):
+        return snapshot_download(
+            name, repo_type=kind, revision=revision, allow_patterns=list(patterns), ignore_patterns="*/*"
+        )
+
+
+@contextlib.contextmanager
+def explain_hub(name, revision, kind):
+    """Turn trouble with the hub into a UserError that says which it is."""
+    hub = constants.ENDPOINT
+    page = f"{hub}/{name}" if kind == "model" else f"{hub}/datasets/{name}"
+    with (
+        explain(f"{hub} does not give it, and it is not in the cache", Exception),
+        explain(f"{hub} has no {kind} {name}, or a private one; run `hf auth login`", RepositoryNotFoundError),
+        explain(f"{page} has no revision {revision!r}", RevisionNotFoundError),
+        explain(f"ask for access on {page}, and run `hf auth login`", GatedRepoError),
+    ):
+        yield
 
 
 def weight_files(directory):

@@ -100,7 +100,7 @@ def test_queries_need_no_summary(tokenizer, tmp_path):
 def test_tokenizer_of_a_hub_id_fetches_no_weights(toy, monkeypatch):
     asked = []
 
-    def fetch(source, revision, allow_patterns):
+    def fetch(source, revision, allow_patterns, **others):
         asked.append((source, revision, allow_patterns))
         return str(toy)
 

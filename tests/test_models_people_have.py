@@ -394,7 +394,7 @@ def asked(monkeypatch):
     """What is asked of the hub, which answers with a directory of another name."""
     calls = []
 
-    def fetch(source, revision, allow_patterns):
+    def fetch(source, revision, allow_patterns, **others):
         calls.append((source, revision))
         return "/fetched"
 

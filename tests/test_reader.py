@@ -180,6 +180,40 @@ def test_directories_are_laid_out_as_on_the_hub(tmp_path):
         rows_of(tmp_path, "validation")
 
 
+def test_directories_may_have_configurations(tmp_path):
+    """Those that the README lists; without a list, folders."""
+    for name, rows in {"easy": ROWS[:2], "hard": ROWS}.items():
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "train.jsonl", rows)
+    assert rows_of(f"{tmp_path}:easy") == ROWS[:2]
+    listed = "- config_name: {0}\n  data_files: {0}/*.jsonl\n"
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{listed.format('easy')}{listed.format('hard')}---\n")
+    assert rows_of(f"{tmp_path}:hard") == ROWS
+    for config in ("", ":easier"):
+        with pytest.raises(UserError, match=f"its configurations are easy, hard; name one of them: {tmp_path}:easy"):
+            rows_of(f"{tmp_path}{config}")
+
+
+def test_parquet_columns_of_json_are_decoded(tmp_path):
+    """`datasets` has such columns where a text and a chat stand below each other, or turns with other keys."""
+    chat = [{"role": "user", "content": '{"a": 1}'}, {"role": "assistant", "content": "1.50", "name": "x"}]
+    texts = {
+        "prompt": ['"a"', json.dumps(chat), None],
+        "messages": [[json.dumps(turn) for turn in chat], None, []],
+        "inner": [{"role": "user", "content": '"1"'}, None, {"role": "[1]", "content": "[1]"}],
+    }
+    json_type = pyarrow.json_()
+    turn = pyarrow.struct({"role": pyarrow.string(), "content": json_type})
+    kinds = {"prompt": json_type, "messages": pyarrow.list_(json_type), "inner": turn}
+    table = pyarrow.table({name: pyarrow.array(values).cast(kinds[name]) for name, values in texts.items()})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    rows = rows_of(tmp_path / "x.parquet")
+    assert [row["prompt"] for row in rows] == ["a", chat, None]
+    assert [row["messages"] for row in rows] == [chat, None, []]
+    assert rows[0]["inner"] == {"role": "user", "content": "1"}
+    assert rows[2]["inner"] == {"role": "[1]", "content": [1]}
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "directory"])
 def test_a_changed_file_of_the_same_name_size_and_time_is_read_anew(kind, tokenizer, tmp_path):
     """As `cp -p`, rsync or an archive leave it."""
