@@ -50,9 +50,10 @@ article { border-top: 1px solid var(--grid); padding: 0.5rem 0 }
 article p { margin: 0.2rem 0; white-space: pre-wrap }
 summary { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; cursor: pointer }
 summary, small, th { color: var(--pale); font-weight: normal }
+th { white-space: nowrap }
 table { border-spacing: 0; margin: 1rem 0; font-variant-numeric: tabular-nums }
-th, td { padding: 0.1rem 1rem 0.1rem 0; text-align: left; vertical-align: top; min-width: 3.5rem }
-td:first-child { min-width: 12rem }
+th, td { padding: 0.1rem 0.5rem 0.1rem 0; text-align: left; vertical-align: top; min-width: 5rem }
+td:first-child { min-width: min(13rem, 30vw) }
 """
 HEAD = """<!doctype html>
 <html lang="en">
@@ -167,7 +168,7 @@ def samples(title, path, read):
         html += "".join(queries[query]) + "</article>\n"
     legend = f"{len(shown)} of {len(queries)} queries; click on one to read all of it."
     if "<span" in html:
-        scale = "".join(token(f" {nats:+d} ", nats) for nats in range(-3, 4))
+        scale = "".join(token(f" {nats} ", nats) for nats in range(-3, 4))
         legend += f" Colours: log p - log p of the reference, in nats: {scale}"
     return f"<h2>{title}</h2>\n<p>{legend}</p>\n{html}"
 

@@ -183,7 +183,7 @@ def test_tokens_are_coloured_by_their_numbers(tmp_path):
     orange = "background: rgb(230 120 0 / {})"
     reader = read(run)
     legend = reader.tokens[:7]
-    assert legend[0] == (" -3 ", orange.format("0.60")) and legend[6] == (" +3 ", blue.format("0.60"))
+    assert legend[0] == (" -3 ", orange.format("0.60")) and legend[6] == (" 3 ", blue.format("0.60"))
     assert reader.tokens[7:] == [
         (" up", blue.format("0.60")),
         (" down", orange.format("0.30")),
