@@ -1,6 +1,7 @@
 """Weights in the hub's layout: safetensors, of which a process reads only its own rows."""
 
 import contextlib
+import functools
 import glob
 import json
 import os
@@ -8,7 +9,13 @@ import re
 
 import torch
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import get_session
 from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -45,10 +52,25 @@ def fetch(name, revision, patterns, kind="model"):
     Those in folders are left out: a model's are its checkpoints, or it in other formats. What the cache has of the
     revision serves if the hub is not to be reached.
     """
+    trouble = None
+    try:
+        reach_hub()
+    except Exception as error:
+        trouble = error
+    chosen = dict(allow_patterns=list(patterns), ignore_patterns="*/*", local_files_only=trouble is not None)
     with explain_hub(name, revision, kind):
-        return snapshot_download(
-            name, repo_type=kind, revision=revision, allow_patterns=list(patterns), ignore_patterns="*/*"
-        )
+        try:
+            return snapshot_download(name, repo_type=kind, revision=revision, **chosen)
+        except LocalEntryNotFoundError:
+            if trouble is not None:
+                raise trouble from None
+            raise
+
+
+@functools.cache
+def reach_hub():
+    """Raise what a request to the hub raises. In a network that drops what it is sent, its library waits minutes."""
+    get_session().head(constants.ENDPOINT, timeout=10)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +17,14 @@ import pyarrow.parquet
 import pytest
 import tokenizers
 from hub_server import Hub
+from huggingface_hub import constants
 from pipeline import make_data, metrics, read_rows
 from safetensors.torch import load_file
 
 from configurator import UserError
 from distributed.sharding import refuse_other_tokenizer
 from hub.tokenizer import Tokenizer
+from hub.weights import find_model, reach_hub
 from model import GPTNeoX, GPTNeoXConfig, init_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,6 +131,7 @@ import hashlib, json, sys
 from configurator import UserError
 from hub.reader import read_split
 from hub.tokenizer import Tokenizer
+from hub.weights import find_model, reach_hub
 from model import GPTNeoX
 
 def ask(kind, source, split="train"):
@@ -248,6 +252,18 @@ def test_without_the_hub_the_cache_serves_the_same_revisions_alone(hub, home, an
     # Neither another revision's, nor what files happen to be there.
     for case in others:
         assert "offline mode is enabled" in offline[case]
+
+
+def test_a_hub_that_never_answers_is_given_up(home, answers, monkeypatch):
+    """As in a network that drops what is sent to it."""
+    reach_hub.cache_clear()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        assert os.path.exists(os.path.join(find_model("org/tiny"), "model.safetensors"))
+        with pytest.raises(UserError, match=f"{url} does not give it, and it is not in the cache: ReadTimeout: "):
+            find_model("org/tiny@step4")
 
 
 def run_stage(hub, home, launcher, *arguments, **more):
