@@ -65,7 +65,7 @@ import torch.nn.functional as F
 
 from configurator import Count, Positive, Signed, configure, require
 from data import collate, pick, uniforms
-from evals import scores
+from evals import colour, scores
 from hub.files import split_names, write_jsonl
 from model import GPTNeoX, ScalarModel
 from runtime import Run, TrainConfig, backward, generate_rows, load_model, optimizer_step, stage, start
@@ -529,7 +529,9 @@ def write_samples(run, cfg, queries, batch):
         row = {"step": run.step, "query": run.tokenizer.decode(queries[number])}
         row["response"] = run.tokenizer.decode(response)
         row["score"] = batch["scores"][number].item()
-        row["kl"] = batch["kl"][number].sum().item()
+        kl = batch["kl"][number]
+        row["kl"] = kl.sum().item()
+        row["token_kl"] = list(zip(colour.pieces(run.tokenizer, response), kl.tolist()))
         rows.append(row)
     write_jsonl(run.out_dir / "samples.jsonl", rows, "a")
 

@@ -196,8 +196,7 @@ class Run:
         SIGTERM or SIGINT (Ctrl-C) ends the run after the update, with a checkpoint; after that, Ctrl-C ends it at once.
         """
         resume(self)
-        if self.world.is_main:
-            self.tracker = Tracker(self, self.cfg.log_to)
+        self.tracker = Tracker(self, self.cfg.log_to)
 
         self.bar.initial = self.step
         self.bar.n = self.step

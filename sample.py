@@ -8,9 +8,9 @@ r"""Sample from a model and say how it does.
 
 Over a split, whose rows need no references, it prints one table per model; of the one with the best score it writes
 out_dir/samples.jsonl (query, response, reference, tokens, reference_tokens, length_ratio, eos; score and
-reference_score if there is a reward_model, kl if there is a --reference) and out_dir/summary.json (their means, and
-ROUGE), beside out_dir/config.json. The tokens drawn depend on `seed` alone. With best_of, kl is the log-ratio of the
-responses that were kept; the KL of best-of-n as a policy is at most kl_bound.
+reference_score if there is a reward_model, kl if there is a --reference, and token_kl where --compare shows it) and
+out_dir/summary.json (their means, and ROUGE), beside out_dir/config.json. The tokens drawn depend on `seed` alone. With
+best_of, kl is the log-ratio of the responses that were kept; the KL of best-of-n as a policy is at most kl_bound.
 
 differs: the reference takes ROUGE per evaluation batch, from the middle of bootstrap resamples; here it is the mean
 over all rows, which is what those estimate.

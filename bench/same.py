@@ -9,7 +9,7 @@ model (made by the commit), and run the same commands in float32 on the CPU, wit
 - every tensor of the last checkpoint (weights of all trained models, Adam's moments) and of final/, to the bit;
 - metrics.jsonl, samples.jsonl and summary.json, byte for byte.
 
-Keys of metrics.jsonl that one side alone writes are named, and left out. Exits with 1 if anything else differs.
+Keys of rows that one side alone writes are named, and left out. Exits with 1 if anything else differs.
 """
 
 import argparse
@@ -130,28 +130,31 @@ def compare(ours, theirs, name):
         if not torch.equal(left[key], right[key]):
             apart = (left[key].double() - right[key].double()).abs().max().item()
             differences.append(f"{key}: apart by {apart:.1e}")
-    for file in ("samples.jsonl", "summary.json", "eval.json"):
+    for file in ("summary.json", "eval.json"):
         if ours.lines(name, file) != theirs.lines(name, file):
             differences.append(f"{file}: not the same bytes")
-    return differences + compare_metrics(ours.lines(name, "metrics.jsonl"), theirs.lines(name, "metrics.jsonl"))
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        differences += compare_rows(file, ours.lines(name, file), theirs.lines(name, file))
+    return differences
 
 
-def compare_metrics(ours, theirs):
+def compare_rows(file, ours, theirs):
     if ours == theirs:
         return []
     differences = []
     if len(ours) != len(theirs):
-        differences.append(f"metrics.jsonl: {len(ours)} and {len(theirs)} rows")
-    for left, right in zip(map(json.loads, ours), map(json.loads, theirs), strict=False):
+        differences.append(f"{file}: {len(ours)} and {len(theirs)} rows")
+    for number, (left, right) in enumerate(zip(map(json.loads, ours), map(json.loads, theirs), strict=False)):
+        place = f"{file}, row {number}"
         alone = left.keys() ^ right.keys()
         if alone:
-            print(f"    step {left['step']}: {', '.join(sorted(alone))} on one side alone")
+            print(f"    {place}: {', '.join(sorted(alone))} on one side alone")
         shared = [key for key in left if key not in alone]
         if shared != [key for key in right if key not in alone]:
-            differences.append(f"metrics.jsonl, step {left['step']}: keys in another order")
+            differences.append(f"{place}: keys in another order")
         for key in shared:
             if json.dumps(left[key]) != json.dumps(right[key]):
-                differences.append(f"metrics.jsonl, step {left['step']}: {key} {left[key]} and {right[key]}")
+                differences.append(f"{place}: {key} {left[key]} and {right[key]}")
     return differences
 
 

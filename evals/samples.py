@@ -9,7 +9,7 @@ import numpy as np
 from configurator import require
 from data import collate, join, pick, uniforms
 from evals import scores
-from evals.colour import coloured
+from evals.colour import coloured, pieces
 from evals.tables import rouge
 from hub.reader import has_split
 from model import GPTNeoX
@@ -56,9 +56,11 @@ def evaluate(cfg, world, tokenizer, source):
             return ratios(queries, responses).sum(1)
 
         frame["kl"] = measure(cfg, world, kl, queries, responses)
-        for query, response in list(zip(queries, responses))[: cfg.compare]:
-            text = compare(tokenizer, ratios, query, response)
-            world.print("", tokenizer.decode(query), text)
+    rows = frame.to_dict("records")
+    for row, query, response in list(zip(rows, queries, responses))[: cfg.compare]:
+        numbers = ratios([query], [response])[0].tolist()
+        row["token_kl"] = list(zip(pieces(tokenizer, response), numbers))
+        world.print("", row["query"], compare(tokenizer, response, numbers))
 
     summary = {"n": len(frame)}
     summary.update(frame.mean(numeric_only=True))
@@ -71,7 +73,7 @@ def evaluate(cfg, world, tokenizer, source):
     world.print(source)
     for name, value in summary.items():
         world.print(f"{name:18} {value:10.4f}")
-    return frame.to_dict("records"), {"model": source, **summary}
+    return rows, {"model": source, **summary}
 
 
 def split_of(cfg):
@@ -141,12 +143,10 @@ def pick_best(n, rewards, responses, eos_id):
     return pick(responses, best)
 
 
-def compare(tokenizer, ratios, query, response):
+def compare(tokenizer, response, numbers):
     """The response's text for a terminal: tokens that the model finds likelier than the reference does on green."""
-    numbers = ratios([query], [response])[0]
-    text = coloured(tokenizer, response, numbers.tolist())
-    total = numbers.sum()
-    return f"{text} {total:+.2f} nats"
+    text = coloured(tokenizer, response, numbers)
+    return f"{text} {sum(numbers):+.2f} nats"
 
 
 def complete(cfg, world, tokenizer):
@@ -160,7 +160,8 @@ def complete(cfg, world, tokenizer):
         query = tokenizer.encode(text)
         response = sample(cfg, world, tokenizer, model, [query], number)[0]
         if cfg.compare:
-            world.print(compare(tokenizer, ratios, query, response))
+            numbers = ratios([query], [response])[0].tolist()
+            world.print(compare(tokenizer, response, numbers))
         else:
             world.print(tokenizer.decode(response))
 

@@ -25,12 +25,12 @@ def require_library(log_to):
 
 
 class Tracker:
-    """Sends metrics on, from run.step on: a resumed run writes what an unbroken one would."""
+    """Sends metrics on from the main process, from run.step on: a resumed run writes what an unbroken one would."""
 
     def __init__(self, run, log_to):
         self.log_to = log_to
         self.send = None
-        if log_to != "none":
+        if run.world.is_main and log_to != "none":
             with self.tell_trouble():
                 self.send = SENDERS[log_to](run)
 

@@ -202,8 +202,7 @@ def token(text, nats):
     """A token on blue if it is likelier than by the reference, on orange if it is less likely."""
     colour = "0 114 178" if nats > 0 else "230 120 0"
     strength = 0.6 * min(abs(nats) / FULL, 1)
-    shown = escape(text or "<EOS>")  # special tokens have no text
-    return f'<span title="{nats:+.2f}" style="background: rgb({colour} / {strength:.2f})">{shown}</span>'
+    return f'<span title="{nats:+.2f}" style="background: rgb({colour} / {strength:.2f})">{escape(text)}</span>'
 
 
 def spread(items):

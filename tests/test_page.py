@@ -129,7 +129,8 @@ def test_page_shows_the_numbers_of_a_run(runs, pages):
     rows = [json.loads(line) for line in (runs["ppo"] / "samples.jsonl").read_text().splitlines()]
     assert len(rows) == 4
     for row in rows:
-        assert f"update 0 {row['response']} score {row['score']:.4g}, kl {row['kl']:.4g}" in text
+        shown = "".join(piece for piece, _ in row["token_kl"])
+        assert f"update 0 {shown} score {row['score']:.4g}, kl {row['kl']:.4g}" in text
         assert row["query"] in text
 
     written = json.loads((runs["rm"] / "eval.json").read_text())
@@ -177,7 +178,7 @@ def test_texts_of_a_run_are_escaped(tmp_path):
 
 
 def test_tokens_are_coloured_by_their_numbers(tmp_path):
-    tokens = [[" up", 3.0], [" down", -1.5], [" same", 0.0], ["", 30.0]]
+    tokens = [[" up", 3.0], [" down", -1.5], [" same", 0.0], ["<EOS>", 30.0]]
     run = ppo_run(tmp_path, samples=[sample(0, "q", token_kl=tokens), sample(10, "r")])
     blue = "background: rgb(0 114 178 / {})"
     orange = "background: rgb(230 120 0 / {})"

@@ -24,7 +24,7 @@ import sample
 import sft
 from configurator import UserError
 from data import Tokenizer, batch_indices, last_scalars, load_rows
-from evals.colour import coloured
+from evals.colour import coloured, pieces
 from evals.samples import pick_best
 from evals.tables import rouge
 from model import Block, GPTNeoX, ScalarModel
@@ -473,7 +473,8 @@ def test_compare_colours_tokens_by_their_log_ratio(pipeline, ppo_run, capsys):
         text, kl = re.sub(r"\x1b\[[0-9;]*m", "", line).rsplit(" ", 2)[:2]
         assert text == row["response"] + "<EOS>" * row["eos"]
         assert float(kl) == pytest.approx(row["kl"], abs=0.005)
-    assert len(lines) == 2
+        assert sum(nats for _, nats in row["token_kl"]) == pytest.approx(row["kl"], abs=1e-5)
+    assert len(lines) == sum("token_kl" in row for row in rows) == 2
     with pytest.raises(UserError, match="reference"):
         sample.main(pipeline.config(sample, "compared_none", reference="", compare=2))
 
@@ -486,6 +487,29 @@ def test_colours_are_green_above_zero_and_red_below(pipeline):
     assert down.startswith("\x1b[30;48;2;255;0;0m")
     assert same.startswith("\x1b[30;48;2;255;255;255m")
     assert far == "\x1b[30;48;2;0;255;0m<EOS>"
+
+
+def test_pieces_show_a_character_at_the_last_of_its_tokens(pipeline):
+    """The toy's tokenizer knows no letter but English ones: others are spelt by their bytes."""
+    tokenizer = Tokenizer.load(str(pipeline.data))
+    ids = tokenizer.encode("né 今!") + [tokenizer.eos_id]
+    texts = pieces(tokenizer, ids)
+    assert texts == ["n", "", "é", " ", "", "", "今", "!", "<EOS>"]
+    assert pieces(tokenizer, ids[:-3]) == texts[:-3]  # one that is cut off is not there
+
+
+def test_ppo_samples_hold_the_kl_of_each_token(pipeline):
+    cfg = pipeline.config(ppo, "token_kl", samples_every=1, episodes=24, lr=5e-3)
+    ppo.main(cfg)
+    rows = read_rows(Path(cfg.out_dir) / "samples.jsonl")
+    assert [row["step"] for row in rows] == [0] * 4 + [1] * 4 + [2] * 4
+    for row in rows:
+        texts, nats = zip(*row["token_kl"], strict=True)
+        shown = "".join(texts).removesuffix("<EOS>")
+        assert shown.rstrip("\ufffd") == row["response"].rstrip("\ufffd")  # half a character at the end is not shown
+        # a sum of at most ten float32 numbers
+        assert sum(nats) == pytest.approx(row["kl"], abs=1e-5)
+        assert (row["step"] == 0) == (set(nats) == {0.0}), "before the first update policy and reference are one"
 
 
 def test_sample_draws_anew_for_each_line_of_stdin(pipeline, capsys, monkeypatch):
