@@ -288,7 +288,7 @@ def layout_of(repository, cards):
     """A directory of files that have the names of those of a commit, but hold nothing: only its cards are whole.
 
     By these the `datasets` library says what is in a split, before that is fetched, and without a network. (Its own
-    way to the hub gives the rows of another revision when the hub cannot be reached.)
+    load_dataset then gives the rows of whichever revision it fetched last: huggingface/datasets#7928.)
     """
     import datasets
 

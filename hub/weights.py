@@ -8,13 +8,7 @@ import os
 import re
 
 import torch
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import constants, errors, snapshot_download
 from huggingface_hub.utils import get_session
 from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
@@ -61,7 +55,7 @@ def fetch(name, revision, patterns, kind="model"):
     with explain_hub(name, revision, kind):
         try:
             return snapshot_download(name, repo_type=kind, revision=revision, **chosen)
-        except LocalEntryNotFoundError:
+        except errors.LocalEntryNotFoundError:
             if trouble is not None:
                 raise trouble from None
             raise
@@ -69,8 +63,8 @@ def fetch(name, revision, patterns, kind="model"):
 
 @functools.cache
 def reach_hub():
-    """Raise what a request to the hub raises. In a network that drops what it is sent, its library waits minutes."""
-    get_session().head(constants.ENDPOINT, timeout=10)
+    """Raise what a request to the hub raises, within HF_HUB_ETAG_TIMEOUT (10 s). Its library's own waits for ever."""
+    get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
 
 @contextlib.contextmanager
@@ -80,9 +74,9 @@ def explain_hub(name, revision, kind):
     page = f"{hub}/{name}" if kind == "model" else f"{hub}/datasets/{name}"
     with (
         explain(f"{hub} does not give it, and it is not in the cache", Exception),
-        explain(f"{hub} has no {kind} {name}, or a private one; run `hf auth login`", RepositoryNotFoundError),
-        explain(f"{page} has no revision {revision!r}", RevisionNotFoundError),
-        explain(f"ask for access on {page}, and run `hf auth login`", GatedRepoError),
+        explain(f"{hub} has no {kind} {name}, or a private one; run `hf auth login`", errors.RepositoryNotFoundError),
+        explain(f"{page} has no revision {revision!r}", errors.RevisionNotFoundError),
+        explain(f"ask for access on {page}, and run `hf auth login`", errors.GatedRepoError),
     ):
         yield
 

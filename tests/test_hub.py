@@ -88,7 +88,8 @@ def hub(model_files, tmp_path_factory):
     first, second = [{path.name: path for path in directory.iterdir()} for directory in model_files]
     others = {"checkpoint-291/model.safetensors": "of another step", "onnx/config.json": "{}", "pytorch_model.bin": "?"}
     hub.add("models", "org/tiny", {**second, **others, "README.md": "a model"})
-    hub.add("models", "org/tiny", first, "step3000")
+    for revision in ("step3000", "refs/pr/1"):
+        hub.add("models", "org/tiny", first, revision)
     hub.add("datasets", "org/plain", {"data/train-00000-of-00002.parquet": parquet(ROWS[:5]),
                                       "data/train-00001-of-00002.parquet": parquet(ROWS[5:]),
                                       "data/validation-00000-of-00001.parquet": parquet(ROWS[:2])})  # fmt: skip
@@ -204,7 +205,7 @@ ERRORS = {
 
 @pytest.fixture(scope="module")
 def answers(hub, home):
-    models = ["ids org/tiny", "model org/tiny", "model org/tiny@step3000"]
+    models = ["ids org/tiny", "model org/tiny", "model org/tiny@step3000", "model org/tiny@refs/pr/1"]
     answers = ask(hub, home, [*models, *ROWS_OF, *ERRORS])
     for name in ("org/tiny", "org/sums"):
         answers[f"sent of {name}"] = hub.sent(name)
@@ -215,6 +216,7 @@ def test_models_come_by_name_and_revision(hub, answers, model_files):
     stored = [load_file(directory / "model.safetensors")["embed_out.weight"] for directory in model_files]
     digests = [hashlib.sha256(weights.numpy()).hexdigest() for weights in stored]
     assert [answers["model org/tiny@step3000"], answers["model org/tiny"]] == digests
+    assert answers["model org/tiny@refs/pr/1"] == digests[0]
     library = tokenizers.Tokenizer.from_file(str(model_files[0] / "tokenizer.json"))
     assert answers["ids org/tiny"] == library.encode("a cat").ids
 
@@ -258,6 +260,7 @@ def test_a_hub_that_never_answers_is_given_up(home, answers, monkeypatch):
     """As in a network that drops what is sent to it."""
     reach_hub.cache_clear()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 1)
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
         monkeypatch.setattr(constants, "ENDPOINT", url)
