@@ -28,8 +28,9 @@ from configurator import explain, require
 from fast import Linear
 from generation import generate  # noqa: F401 (notebooks take it from here)
 from hub.config import FIXED, GPTNeoXConfig
+from hub.fetch import find_model
 from hub.files import write_json
-from hub.weights import copy_rows, find_model, load_weights, write_safetensors
+from hub.weights import copy_rows, load_weights, write_safetensors
 
 # ---------------------------------------------------------------------------- the network
 

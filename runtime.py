@@ -26,11 +26,11 @@ from distributed.processes import Done, Signals, World, stage  # noqa: F401
 from distributed.sharding import generate_rows, keep_whole, load_model  # noqa: F401
 from hub.companions import write_companions
 from hub.config import GPTNeoXConfig
+from hub.fetch import find_model
 from hub.files import expand, move, split_names, write_jsonl
 from hub.reader import has_split
 from hub.tokenizer import Tokenizer
 from hub.trackers import Tracker, require_library
-from hub.weights import find_model
 
 
 @dataclass

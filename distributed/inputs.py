@@ -10,8 +10,9 @@ from pathlib import Path
 import pyarrow
 
 from configurator import explain, require
+from hub.fetch import find_model
 from hub.files import read_json, split_names, write_json
-from hub.weights import find_model, weight_files
+from hub.weights import weight_files
 
 
 def check_inputs(cfg, world, data, models, functions):

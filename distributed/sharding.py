@@ -14,8 +14,9 @@ from torch.distributed import fsdp
 from configurator import require
 from data import pad_right, pick
 from generation import generate
+from hub.fetch import find_model
 from hub.tokenizer import Tokenizer
-from hub.weights import find_model, load_weights
+from hub.weights import load_weights
 from model import GPTNeoXConfig, init_weights
 
 

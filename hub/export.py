@@ -16,9 +16,10 @@ import torch
 from configurator import UserError, require
 from hub.companions import write_companions
 from hub.config import FIXED
+from hub.fetch import find_model
 from hub.files import move, write_json
 from hub.tokenizer import Tokenizer
-from hub.weights import find_model, write_safetensors
+from hub.weights import write_safetensors
 from model import ScalarModel
 
 

@@ -29,8 +29,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download
 
 from configurator import UserError, explain, require
+from hub.fetch import explain_hub, fetch
 from hub.files import UNREADABLE, expand, parse_object, what_lies_at
-from hub.weights import explain_hub, fetch
 
 CARDS = ["README.md", ".huggingface.yaml"]  # say what the configurations of a data set are
 CONVERTED = "refs/convert/parquet"  # where the hub keeps a copy of each public data set, a folder a configuration

@@ -7,8 +7,8 @@ import unicodedata
 import tiktoken
 
 from configurator import UserError, explain, require
+from hub.fetch import find_model
 from hub.files import expand, read_json
-from hub.weights import find_model
 
 # GPT-2's split of text into words, which ByteLevel tokenizers share: a word takes the one space before it
 WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""

@@ -1,84 +1,23 @@
 """Weights in the hub's layout: safetensors, of which a process reads only its own rows."""
 
-import contextlib
-import functools
 import glob
 import json
 import os
 import re
 
 import torch
-from huggingface_hub import constants, errors, snapshot_download
-from huggingface_hub.utils import get_session
 from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from configurator import UserError, explain, require
 from hub.config import read_config
-from hub.files import expand, read_json, what_lies_at
+from hub.files import read_json
 from hub.missing import no_model
 
 # Masks and rotary tables that old Pythia files carry along; they hold nothing that was learned.
 BUFFERS = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
 FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # by their names in safetensors
-
-
-def find_model(source, revision="main", patterns=("*.json", "*.safetensors")):
-    """A directory as it is; anything else is a hub id, or id@revision, whose files that fit `patterns` are fetched."""
-    source = expand(source)
-    if os.path.isdir(source):
-        return source
-
-    missing = f"{source!r}: no directory or file of that name"
-    name, _, behind = source.partition("@")
-    is_path = source.startswith(("/", ".")) or name.count("/") > 1
-    if is_path or os.path.isdir(source.split("/")[0]):
-        missing += f" (is that stage done? `make demo` makes out/toy); {what_lies_at(source)}"
-    require(not is_path, missing)
-    with explain(missing, UserError):
-        return fetch(name, behind or revision, patterns)
-
-
-def fetch(name, revision, patterns, kind="model"):
-    """The directory of a hub repository's commit, by whose id it is called, with its files that fit `patterns`.
-
-    Those in folders are left out: a model's are its checkpoints, or it in other formats. What the cache has of the
-    revision serves if the hub is not to be reached.
-    """
-    trouble = None
-    try:
-        reach_hub()
-    except Exception as error:
-        trouble = error
-    chosen = dict(allow_patterns=list(patterns), ignore_patterns="*/*", local_files_only=trouble is not None)
-    with explain_hub(name, revision, kind):
-        try:
-            return snapshot_download(name, repo_type=kind, revision=revision, **chosen)
-        except errors.LocalEntryNotFoundError:
-            if trouble is not None:
-                raise trouble from None
-            raise
-
-
-@functools.cache
-def reach_hub():
-    """Raise what a request to the hub raises, within HF_HUB_ETAG_TIMEOUT (10 s). Its library's own waits for ever."""
-    get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-
-
-@contextlib.contextmanager
-def explain_hub(name, revision, kind):
-    """Turn trouble with the hub into a UserError that says which it is."""
-    hub = constants.ENDPOINT
-    page = f"{hub}/{name}" if kind == "model" else f"{hub}/datasets/{name}"
-    with (
-        explain(f"{hub} does not give it, and it is not in the cache", Exception),
-        explain(f"{hub} has no {kind} {name}, or a private one; run `hf auth login`", errors.RepositoryNotFoundError),
-        explain(f"{page} has no revision {revision!r}", errors.RevisionNotFoundError),
-        explain(f"ask for access on {page}, and run `hf auth login`", errors.GatedRepoError),
-    ):
-        yield
 
 
 def weight_files(directory):

@@ -104,7 +104,7 @@ def test_tokenizer_of_a_hub_id_fetches_no_weights(toy, monkeypatch):
         asked.append((source, revision, allow_patterns))
         return str(toy)
 
-    monkeypatch.setattr("hub.weights.snapshot_download", fetch)
+    monkeypatch.setattr("hub.fetch.snapshot_download", fetch)
     assert Tokenizer.load("some/model", "step3").eos_id == 0
     assert asked == [("some/model", "step3", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])]
 

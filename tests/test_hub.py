@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 
 from configurator import UserError
 from distributed.sharding import refuse_other_tokenizer
+from hub.fetch import find_model, reach_hub
 from hub.tokenizer import Tokenizer
-from hub.weights import find_model, reach_hub
 from model import GPTNeoX, GPTNeoXConfig, init_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,7 +132,7 @@ import hashlib, json, sys
 from configurator import UserError
 from hub.reader import read_split
 from hub.tokenizer import Tokenizer
-from hub.weights import find_model, reach_hub
+from hub.fetch import find_model, reach_hub
 from model import GPTNeoX
 
 def ask(kind, source, split="train"):

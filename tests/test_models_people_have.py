@@ -32,7 +32,8 @@ from configurator import UserError
 from generation import generate
 from hub.config import GPTNeoXConfig
 from hub.export import export_reward_model
-from hub.weights import find_model, load_weights
+from hub.fetch import find_model
+from hub.weights import load_weights
 from model import GPTNeoX, ScalarModel
 from toy.make_data import make_tokenizer
 
@@ -398,7 +399,7 @@ def asked(monkeypatch):
         calls.append((source, revision))
         return "/fetched"
 
-    monkeypatch.setattr("hub.weights.snapshot_download", fetch)
+    monkeypatch.setattr("hub.fetch.snapshot_download", fetch)
     return calls
 
 
