@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from configurator import Positive, Share, UserError, configure, require
 from data import collate
-from evals.tables import accuracy_table, report
+from evals.tables import accuracy_table, overall, report
 from model import GPTNeoX
 from runtime import Run, TrainConfig, backward, load_model, optimizer_step, stage, start
 
@@ -66,10 +66,7 @@ def main(cfg, loss=None):
     if run.held_out:
         ratios = predict(cfg, world, n_vocab, model, run.held_out) - ref_held_out  # (n, 2)
         table = accuracy_table(run.held_out, cfg.beta * (ratios[:, 0] - ratios[:, 1]))
-        metrics = {}
-        if table:  # {}: all are ties
-            metrics["eval/accuracy"] = table["all"]["accuracy"]
-        report(run, metrics, table, {})
+        report(run, overall(table), table, {})
     run.export(model)
 
 

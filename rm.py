@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from configurator import Share, configure
 from data import collate, last_scalars
-from evals.tables import accuracy_table, report
+from evals.tables import accuracy_table, overall, report
 from model import ScalarModel
 from runtime import Run, TrainConfig, backward, check_rows, load_model, load_split, optimizer_step, stage, start
 
@@ -76,8 +76,7 @@ def main(cfg):
     if run.held_out:
         predicted = predict(run, cfg, model, run.held_out)
         table = accuracy_table(run.held_out, predicted["margin"])
-        if table:  # {}: all are ties
-            metrics["eval/accuracy"] = table["all"]["accuracy"]
+        metrics.update(overall(table))
         metrics["eval/loss"] = predicted["loss"].mean().item()
         some = run.held_out.select(range(min(1024, len(run.held_out))))
         details.update(eos_rewards(run, cfg, model, some))

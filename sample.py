@@ -58,7 +58,8 @@ def main(cfg):
         wrong = "several models, or best_of, need a reward_model and data"
         require(cfg.reward_model and not cfg.prompt, wrong)
     require(cfg.best_of == 1 or cfg.temperature > 0, "best_of draws one response again and again at temperature 0")
-    require(cfg.reference or not cfg.compare, "compare needs a model to compare with; give its path as reference")
+    if cfg.compare:
+        require(cfg.reference, "compare needs a model to compare with; give its path as reference")
 
     tokenizer = Tokenizer.load(sources[0])
     if cfg.prompt:

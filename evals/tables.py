@@ -102,6 +102,13 @@ def accuracy_table(rows, margins):
     return table
 
 
+def overall(table):
+    """The metric of an accuracy table; {} if there is none, for all labels are ties."""
+    if not table:
+        return {}
+    return {"eval/accuracy": table["all"]["accuracy"]}
+
+
 def report(run, metrics, table, details):
     """Log the last evaluation's metrics; write them, `details` and a table of rows to eval.json, and print it all."""
     run.log(metrics)
