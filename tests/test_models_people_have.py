@@ -466,6 +466,8 @@ def test_exported_reward_model_has_the_same_rewards(reward_model, tmp_path):
     """At the EOS token of rows of several lengths, padded on the right."""
     moved = export_reward_model(str(reward_model), str(tmp_path / "hf"))
     assert moved == -4.75
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert written.keys() >= {"rotary_pct", "rotary_emb_base"} and "rope_parameters" not in written
     theirs, info = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "hf", output_loading_info=True
     )
