@@ -42,11 +42,13 @@ def read_jsonl(path):
 
 
 def parse_object(text, place):
-    """The JSON object that a text holds; raises UserError that names its `place` if it is something else."""
+    """The JSON object that a text, or its UTF-8, holds; raises UserError that names its `place` if there is none."""
     with explain(f"{place} is not a JSON object", *UNREADABLE):
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
         row = json.loads(text)
     kind = type(row).__name__
-    require(kind == "dict", f"{place} is a {kind}, not a JSON object")
+    require(kind == "dict", f"{place} holds a {kind}, not a JSON object")
     return row
 
 

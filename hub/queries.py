@@ -66,14 +66,32 @@ def first_length_too_long(head, text, tokenizer, max_tokens):
     ends = [0, *ends_of_words, len(text)]
     fits = ends[number]
     too_long = ends[number + 1]
-    if too_long - fits < LONG_WORD or not is_normalized:
+    if too_long - fits < LONG_WORD:
         return too_long
 
     # Within a word the count may rise and fall, but it takes some tokens at least to spell out what is there.
     before = (head + text[:fits]).rstrip()
     word = (head + text[:too_long])[len(before) :]
     room = max_tokens - len(tokenizer.encode(before))
-    return len(before) + longest_possible(word, tokenizer, room) + 1 - len(head)
+    possible = longest_possible(as_spelt(word, tokenizer), tokenizer, room)
+    lengths = range(len(word) + 1)
+    first = bisect.bisect_right(lengths, possible, key=lambda length: settled_length(word[:length], tokenizer))
+    return min(len(before) + first - len(head), too_long)
+
+
+def as_spelt(text, tokenizer):
+    """The text that its tokens spell: normalized, with U+FFFD for half a surrogate pair, as tiktoken has it."""
+    text = tokenizer.normalize(text)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def settled_length(text, tokenizer):
+    """How long a text is as it is spelt, up to its last letter: what follows in a longer text may change that one."""
+    text = as_spelt(text, tokenizer)
+    end = len(text)
+    while end and unicodedata.combining(text[end - 1]):
+        end -= 1
+    return max(end - 1, 0)
 
 
 def ends_word(character, following):

@@ -69,8 +69,9 @@ def has_split(source, split):
 
 
 def kind_of(path):
-    """The file's suffix, without .gz."""
-    return Path(path.removesuffix(".gz")).suffix
+    """The file's suffix, with .gz behind it if that is there."""
+    packed = ".gz" if path.endswith(".gz") else ""
+    return Path(path.removesuffix(packed)).suffix + packed
 
 
 def split_name(part):
@@ -84,6 +85,9 @@ def find_split(source, split, find):
     digest = hashlib.sha256()
     for part in split.split("+"):
         paths = find(source, split_name(part))
+        for path in paths:
+            known = ", ".join(READERS)
+            require(kind_of(path) in READERS, f"{path}: its kind is not known; use one of {known}")
         start, end = bounds_of(part, paths)
         parts.append((paths, start, end))
         for path in paths:
@@ -140,9 +144,6 @@ def files_of_directory(path, name, config, called):
         files = datasets.load_dataset_builder(path, config).config.data_files
     found = ", ".join(map(str, files))
     require(name in files, f"has no split {name!r}, but {found}; use one of these")
-    for file in files[name]:
-        known = ", ".join(READERS)
-        require(kind_of(file) in READERS, f"{file}: its kind is not known; use one of {known}")
     return list(files[name])
 
 
@@ -192,7 +193,8 @@ def read_array(path):
     with open_bytes(path) as file:
         start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")  # a byte order mark and blanks may stand before it
     if not start.startswith(b"["):
-        yield from read_lines(path)
+        with explain("neither an array of objects nor one a line", UserError):
+            yield from read_lines(path)
         return
     with open_bytes(path) as file:
         rows = json.load(file)
@@ -207,15 +209,20 @@ def read_csv(path):
     with open_bytes(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
         table = csv.DictReader(text, strict=True)
         with explain("not a CSV file", csv.Error):
+            names = table.fieldnames or []
+            require(names, "line 1 is no header; name the columns there")
+            require(len(set(names)) == len(names), "the header has a name twice; rename that column")
             for row in table:
-                place = f"line {table.line_num}"
                 n_cells = len(row) + len(row.pop(None, []))
-                fits = n_cells == len(table.fieldnames) and None not in row.values()
+                fits = n_cells == len(names) and None not in row.values()
+                # A cell may have several lines, and the last has been read.
+                n_further = sum(cell.count("\n") for cell in row.values() if cell)
+                place = f"line {table.line_num - n_further}"
                 require(fits, f"{place} has another number of cells than the header")
                 row = {column: cell for column, cell in row.items() if cell}
-                if "target" in row:
-                    with explain(place, ValueError):
-                        row["target"] = float(row["target"])
+                # What is no number stays a text: it may be about something else than pairs.
+                with contextlib.suppress(ValueError, KeyError):
+                    row["target"] = float(row["target"])
                 yield place, row
 
 
@@ -225,7 +232,9 @@ def read_parquet(path):
     number = 0
     with explain("not a parquet file", pyarrow.ArrowException):
         file = pyarrow.parquet.ParquetFile(path)
-        mixed = [field for field in file.schema_arrow if JSON in str(field.type)]
+    mixed = [field for field in file.schema_arrow if JSON in str(field.type)]
+    # Not every date or list of Arrow's is one of Python's.
+    with explain(f"the rows after {number}", pyarrow.ArrowException, OverflowError, TypeError, ValueError):
         for batch in file.iter_batches(batch_size=1000):
             for row in batch.to_pylist():
                 for field in mixed:
@@ -247,9 +256,13 @@ def decode_json(value, kind):
 
 READERS = {
     ".jsonl": read_lines,
+    ".jsonl.gz": read_lines,
     ".ndjson": read_lines,
+    ".ndjson.gz": read_lines,
     ".json": read_array,
+    ".json.gz": read_array,
     ".csv": read_csv,
+    ".csv.gz": read_csv,
     ".parquet": read_parquet,
 }
 

@@ -33,30 +33,49 @@ def from_post(row):
 def from_comparison(row):
     """{info, summaries, choice}"""
     pair = row["summaries"]
-    choice = row["choice"]
+    check(isinstance(pair, list), "summaries {} is no list", pair)
+    choice = row.get("choice")
     if choice not in (0, 1) or len(pair) != 2:
-        raise UserError(f"choice {choice!r} of {len(pair)} summaries; use 0 or 1, of two")
+        raise UserError(f"choice {choice!r:.80} of {len(pair)} summaries; use 0 or 1, of two")
     choice = int(choice)  # 1.0 in a table that once had gaps
+    for value in (row["info"], *pair):
+        check(isinstance(value, dict), "{} is no object with texts", value)
     chosen = text_of(pair[choice], "text")
     rejected = text_of(pair[1 - choice], "text")
     return row["info"], [chosen, rejected]
 
 
+def from_pair(row):
+    """{[prompt], chosen, rejected}"""
+    prompt = row.get("prompt")
+    for name in ("question", "instruction", "query", "input"):
+        is_there = prompt is None and row.get(name)
+        require(not is_there, f"there is {name!r} beside the pair, but no prompt; rename or drop that column")
+    return split_prompt(prompt, [row["chosen"], row["rejected"]])
+
+
+def from_completion(row):
+    """{prompt, completion}"""
+    return split_prompt(row["prompt"], [row["completion"]])
+
+
 def from_prompt(row):
-    """{[prompt], chosen, rejected} or {prompt, [completion]}"""
-    responses = [row.get("chosen"), row.get("rejected"), row.get("completion")]
-    given = [response for response in responses if response is not None]
-    return split_prompt(row.get("prompt"), given)
+    """{prompt}"""
+    return split_prompt(row["prompt"], [])
 
 
 def from_ranking(row):
     """{prompt, responses}"""
-    return split_prompt(row.get("prompt"), row["responses"])
+    responses = row["responses"]
+    check(isinstance(responses, list), "responses {} is no list", responses)
+    return split_prompt(row["prompt"], responses)
 
 
 def from_messages(row):
     """{messages}"""
-    return split_prompt(None, [row["messages"]])
+    messages = row["messages"]
+    check(isinstance(messages, list), "messages {} is no chat", messages)
+    return split_prompt(None, [messages])
 
 
 def from_text(row):
@@ -66,26 +85,28 @@ def from_text(row):
     return text[:first], [text[first:]]
 
 
-# The first schema whose column has a value is the row's. (A set of pairs may have `messages` as well, a set of chats
-# `prompt`.)
+# The first schema whose columns all have a value is the row's. (A set of pairs may have `messages` as well, a set of
+# chats `prompt`.)
 SCHEMAS = {
-    "summaries": from_comparison,
-    "responses": from_ranking,
-    "chosen": from_prompt,
-    "completion": from_prompt,
-    "messages": from_messages,
-    "prompt": from_prompt,
-    "post": from_post,
-    "article": from_post,
-    "text": from_text,
+    ("info", "summaries"): from_comparison,
+    ("prompt", "responses"): from_ranking,
+    ("chosen", "rejected"): from_pair,
+    ("prompt", "completion"): from_completion,
+    ("messages",): from_messages,
+    ("prompt",): from_prompt,
+    ("post",): from_post,
+    ("article",): from_post,
+    ("text",): from_text,
 }
 
 
 def schema_of(row):
-    for column, schema in SCHEMAS.items():
-        if row.get(column) is not None:
+    given = [column for column, value in row.items() if value is not None]
+    for columns, schema in SCHEMAS.items():
+        if set(columns) <= set(given):
             return schema
-    raise UserError(f"its columns {', '.join(row)} fit no schema; see the top of hub/rows.py")
+    names = ", ".join(given) or "none"
+    raise UserError(f"the columns with a value ({names:.200}) fit no schema; see the top of hub/rows.py")
 
 
 def split_prompt(prompt, responses):
@@ -97,18 +118,21 @@ def split_prompt(prompt, responses):
     texts = list(map(chat_text, responses))
     for response in responses:
         is_answer = isinstance(response, str) or response[-1]["role"] == "assistant"
-        require(is_answer, f"the last turn of {response!r:.80} is not the assistant's; correct or drop the row")
+        check(is_answer, "the last turn of {} is not the assistant's", response)
     if prompt is None:
         return split_shared(texts)
 
     start = chat_text(prompt)
     if all(map(is_one_answer, responses)):
+        answers = [answer_of(response, text) for response, text in zip(responses, texts)]
         if isinstance(prompt, str):
-            return start, [text.removeprefix(ANSWER) for text in texts]
-        return start + ANSWER, [after_answer(text.removeprefix(ANSWER)) for text in texts]
+            return start, answers
+        return start + ANSWER, list(map(after_answer, answers))
 
     transcripts = []
     for response, text in zip(responses, texts):
+        is_chat = isinstance(response, list)
+        check(is_chat, "{} is a text, and another response a chat of several turns", response)
         if repeats(prompt, response):
             transcripts.append(text)
         else:
@@ -120,12 +144,21 @@ def is_one_answer(response):
     return isinstance(response, str) or len(response) == 1
 
 
+def answer_of(response, text):
+    """A response as it follows "Assistant:": a text as it is, and what a chat of one turn says."""
+    if isinstance(response, str):
+        return response
+    return text.removeprefix(ANSWER)
+
+
 def repeats(prompt, chat):
-    """Whether a chat begins with the turns of the prompt, or, if that is a text, has it as one of its turns."""
-    said = [(turn["role"], turn["content"]) for turn in chat]
+    """Whether a chat has the turns of the prompt, behind a system's for example, or a text among its turns."""
+    said = [(turn["role"], turn["content"].strip()) for turn in chat[:-1]]
     if isinstance(prompt, str):
-        return prompt in [content for _, content in said[:-1]]
-    return said[: len(prompt)] == [(turn["role"], turn["content"]) for turn in prompt]
+        return prompt.strip() in [content for _, content in said]
+    asked = [(turn["role"], turn["content"].strip()) for turn in prompt]
+    starts = range(len(said) - len(asked) + 1)
+    return any(said[start : start + len(asked)] == asked for start in starts)
 
 
 def after_answer(text):
@@ -147,11 +180,11 @@ def chat_text(value):
     """A text as it is; a chat, a list of {role, content}, as "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
     if isinstance(value, str):
         return value
-    wrong = f"{value!r} is neither a text nor a list of {{role, content}}; correct or drop the row"
-    require(isinstance(value, list) and value, wrong)
+    is_list = isinstance(value, list) and len(value) > 0
+    check(is_list, "{} is neither a text nor a list of role and content", value)
     text = ""
     for turn in value:
-        require(isinstance(turn, dict), wrong)
+        check(isinstance(turn, dict), "{} is no turn with role and content", turn)
         role = text_of(turn, "role")
         name = "Human" if role == "user" else role.capitalize()
         text += f"\n\n{name}: {text_of(turn, 'content')}"
@@ -160,5 +193,10 @@ def chat_text(value):
 
 def text_of(row, key):
     value = row.get(key)
-    require(isinstance(value, str), f"'{key}' is {value!r}, not a text; correct or drop the row")
+    check(isinstance(value, str), f"'{key}' is {{}}, not a text", value)
     return value
+
+
+def check(holds, line, value):
+    """Raise a UserError about a value of a row, which stands at {} in the line, unless the condition holds."""
+    require(holds, line.format(f"{value!r:.80}"), "(correct or drop the row)")

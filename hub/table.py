@@ -15,21 +15,17 @@ import hub.tokenizer
 from configurator import UserError, explain, require
 from hub.queries import MAX_ARTICLE_TOKENS, format_query
 from hub.reader import read_split
-from hub.rows import schema_of
+from hub.rows import from_comparison, schema_of
 
 WRONG_VALUES = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
 
 
 def parse_row(row, tokenizer, max_query_tokens):
     """One row of any schema -> query ids, responses (the best first, each ends with EOS), and where it came from."""
-    target = row.get("target")
-    if target is None:
-        target = 1.0
-    if not isinstance(target, (int, float)) or not 0 <= target <= 1:
-        raise UserError(f"target {target!r} is no probability; correct it")
-
-    prompt, texts = schema_of(row)(row)
+    schema = schema_of(row)
+    prompt, texts = schema(row)
     # The better response comes first.
+    target = target_of(row) if len(texts) == 2 else 1.0
     if target < 0.5:
         texts = texts[::-1]
     if isinstance(prompt, str):
@@ -40,24 +36,43 @@ def parse_row(row, tokenizer, max_query_tokens):
             max_query_tokens = max(max_query_tokens, MAX_ARTICLE_TOKENS)
         query = format_query(prompt, tokenizer, max_query_tokens)
 
-    extra = row.get("extra") or {}
-    summaries = row.get("summaries") or []
-    policies = sorted(str(summary.get("policy") or "?") for summary in summaries)
+    labels = {"confidence": 0, "policies": ""}
+    if schema is from_comparison:
+        labels = labels_of(row)
     return {
         "query": query,
         "responses": [encode_response(text, tokenizer) for text in texts],
+        "target": max(target, 1 - target),
         "batch": str(row.get("batch") or ""),
-        "confidence": int(extra.get("confidence") or 0),
-        "policies": " / ".join(policies),
-        "target": float(max(target, 1 - target)),
+        **labels,
     }
 
 
+def target_of(row):
+    """The probability that a pair's first response is the better one."""
+    target = row.get("target")
+    if target is None:
+        return 1.0
+    if not isinstance(target, (int, float)) or not 0 <= target <= 1:
+        raise UserError(f"target {target!r:.80} is no probability; correct it")
+    return float(target)
+
+
+def labels_of(row):
+    """How sure the labeller of a comparison was, and whose summaries they are."""
+    extra = row.get("extra") or {}
+    require(isinstance(extra, dict), f"extra {extra!r:.80} is no object; correct or drop it")
+    confidence = extra.get("confidence") or 0
+    known = isinstance(confidence, (int, float)) and abs(confidence) < 100
+    require(known, f"confidence {confidence!r:.80} is no number from 1 to 9; correct or drop it")
+    policies = sorted(str(summary.get("policy") or "?") for summary in row["summaries"])
+    return {"confidence": int(confidence), "policies": " / ".join(policies)}
+
+
 def encode_response(text, tokenizer):
-    """Token ids of a response, with EOS; one that the text itself spells out at its end is that EOS."""
-    ended = text.rstrip()
-    if ended.endswith(tokenizer.eos_token):
-        text = ended.removesuffix(tokenizer.eos_token)
+    """Token ids of a response, with EOS; those that the text itself spells out at its end are that EOS."""
+    while text.rstrip().endswith(tokenizer.eos_token):
+        text = text.rstrip().removesuffix(tokenizer.eos_token)
     return tokenizer.encode(text) + [tokenizer.eos_id]
 
 
@@ -85,7 +100,9 @@ def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_t
             responses = responses[:n_responses]
         if not query or len(responses) < n_responses:
             found = f"{len(query)} query tokens and {len(responses)} responses"
-            raise UserError(f"{found}, but a query and {n_responses} are needed; correct or drop the row")
+            columns = ", ".join(row)
+            needed = f"but a query and {n_responses} are needed; correct or drop the row"
+            raise UserError(f"{found} come of the columns {columns:.200}, {needed}")
         length = len(query) + max(map(len, responses), default=0)
         return {**parsed, "responses": responses, "length": length}
 

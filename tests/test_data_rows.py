@@ -23,6 +23,7 @@ TEXTS = [{"text": " one", "policy": "b"}, {"text": " two", "policy": "a"}]
 CHAT = [{"role": "user", "content": "hi"}]
 YES = {"role": "assistant", "content": "yes"}
 NO = {"role": "assistant", "content": "no"}
+SYSTEM = {"role": "system", "content": "be brief"}
 HUMAN = "\n\nHuman: hi\n\nAssistant:"
 
 # row -> the query's text, the responses' texts without EOS, the best first
@@ -49,6 +50,34 @@ SCHEMAS = {
     "text prompt and chat answers": ({"prompt": "say it:", "chosen": [YES], "rejected": [NO]},
                                      "say it:", [" yes", " no"]),
     "chat completion": ({"prompt": CHAT, "completion": [YES]}, HUMAN, [" yes"]),
+    "texts are joined as they are": ({"prompt": "\n\nHuman: hi", "completion": "\n\nAssistant: yes"},
+                                     "\n\nHuman: hi", ["\n\nAssistant: yes"]),
+    "a prompt with a blank more than the turn": ({"prompt": " hi ", "chosen": [*CHAT, YES], "rejected": [*CHAT, NO]},
+                                                 HUMAN, [" yes", " no"]),
+    "a chat with a system turn before the prompt's": (
+        {"prompt": CHAT, "chosen": [SYSTEM, *CHAT, YES], "rejected": [SYSTEM, *CHAT, NO]},
+        "\n\nSystem: be brief" + HUMAN, [" yes", " no"]),
+    "columns of other schemas": ({"prompt": "say it:", "completion": " now", "target": "b", "extra": "seen twice",
+                                  "summaries": [1], "messages": 3}, "say it:", [" now"]),
+}  # fmt: skip
+REFUSED = {
+    "a question that is no prompt": ({"question": "who?", "completion": " Anna"},
+                                     "columns with a value .question, completion. fit no schema"),
+    "a question beside a pair": ({"question": "who?", "chosen": "Anna", "rejected": "Al"},
+                                 "'question' beside the pair, but no prompt"),
+    "a prompt without a value": ({"prompt": None, "completion": " Anna"}, "columns with a value .completion. fit no"),
+    "no columns": ({}, "columns with a value .none. fit no schema"),
+    "letters for responses": ({"prompt": "a:", "responses": "abc"}, "responses 'abc' is no list"),
+    "names for responses": ({"prompt": "a:", "responses": {"x": "1"}}, "responses {'x': '1'} is no list"),
+    "a text for messages": ({"messages": "hi there"}, "messages 'hi there' is no chat"),
+    "a text beside a long chat": ({"prompt": CHAT, "chosen": "yes", "rejected": [NO, *CHAT, NO]},
+                                  "'yes' is a text, and another response a chat of several turns"),
+    "a text for summaries": ({"info": INFO, "summaries": "abc", "choice": 0}, "summaries 'abc' is no list"),
+    "numbers for summaries": ({"info": INFO, "summaries": [1, 2], "choice": 0}, "1 is no object with texts"),
+    "a text for extra": ({"info": INFO, "summaries": TEXTS, "choice": 0, "extra": "x"}, "extra 'x' is no object"),
+    "a word for confidence": ({"info": INFO, "summaries": TEXTS, "choice": 0, "extra": {"confidence": "high"}},
+                              "confidence 'high' is no number"),
+    "a long value": ({"prompt": "a:", "completion": ["x" * 9999]}, "'x{79} is no turn"),
 }  # fmt: skip
 
 
@@ -80,6 +109,26 @@ def test_schema_gives_query_and_responses(name, kind, tokenizer, tmp_path):
     assert parsed["length"] == len(parsed["query"]) + max(map(len, parsed["responses"]), default=0)
     if "comparison" in name:
         assert parsed["policies"] == "a / b"
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_rows_of_no_schema_are_refused(name, tokenizer, tmp_path):
+    row, message = REFUSED[name]
+    source = write_rows(tmp_path / "x.jsonl", [{"prompt": "a", "chosen": " b", "rejected": " c"}, row])
+    with pytest.raises(UserError, match=f"x.jsonl .train.: line 2: .*{message}") as error:
+        load_rows(source, "train", tokenizer, n_responses=1)
+    assert len(str(error.value)) < len(source) + 300
+
+
+def test_a_response_that_spells_eos_out_ends_there(tokenizer, tmp_path):
+    """Once or twice, with a blank or a line after it; in the middle it is text."""
+    eos = tokenizer.eos_token
+    ends = ["", eos, f"{eos} \n", f"{eos}{eos}", f" {eos}\n{eos}"]
+    rows = [{"prompt": "a", "completion": f" b{end}"} for end in ends]
+    table = load_rows(write_rows(tmp_path / "x.jsonl", rows), "train", tokenizer, 1)
+    plain = tokenizer.encode(" b") + [tokenizer.eos_id]
+    blank = tokenizer.encode(" b ") + [tokenizer.eos_id]
+    assert [ids for (ids,) in table["responses"]] == [plain, plain, plain, plain, blank]
 
 
 def test_pairs_serve_as_demonstrations(tokenizer, toy):

@@ -675,6 +675,8 @@ HARD_POSTS = {
     "leading newline": "\n" + "one paragraph after it " * 30,
     "emoji": "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f600\U0001f3fd" * 30,
     "combining": "cafe\u0301 re\u0301sume\u0301 a\u0315\u0300\u05ae\u0301b " * 20,
+    "a long word of letters and marks": "e\u0301a\u0315" * 60,
+    "long jamo": "\u1112\u1161\u11ab" * 60,
     "jamo": "\u1112\u1161\u11ab\u1100\u1173\u11af" * 30,
     "chinese": "\u4f60\u597d\uff0c\u4e16\u754c\u3002\u8fd9\u662f\u4e00\u4e2a\u5f88\u957f\u6bb5\u843d" * 15,
     "right to left": "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 " * 30,

@@ -100,17 +100,24 @@ def test_csv_has_a_header_and_cells(tokenizer, tmp_path):
         "prompt,completion\na: b\n": "line 2 has another number of cells",
         "prompt,completion\na:, b, c\n": "line 2 has another number of cells",
         'prompt,completion\n"a:, b\n': "not a CSV file",
-        "prompt,target\na,often\n": "line 2: .*often",
+        "prompt,prompt\na,b\n": "the header has a name twice",
+        "\nprompt,completion\na,b\n": "line 1 is no header",
+        'prompt,completion\n"a\n\nb:",c\n"d\ne:"\n': "line 5 has another number of cells",
     }.items():
         path.write_text(text)
         with pytest.raises(UserError, match=f"x.csv: .*{message}"):
             rows_of(path)
+    path.write_text("prompt,chosen,rejected,target\na:, b, c,often\n")
+    with pytest.raises(UserError, match="x.csv .*line 2: target 'often' is no probability"):
+        load_rows(str(path), "train", tokenizer, 2)
+    path.write_text("prompt,completion,target\na:, b,often\n")
+    assert len(load_rows(str(path), "train", tokenizer, 1)) == 1  # what is no pair has no such target
 
 
 @pytest.mark.parametrize(("content", "message"), {
     b'{"prompt": "a"}\n{"prompt": ': "line 2 is not a JSON object",
-    b'{"prompt": "a"}\n[1]\n': "line 2 is a list, not a JSON object",
-    b"\xff\xfe\x00": "line 1 is not a JSON object",
+    b'{"prompt": "a"}\n[1]\n': "line 2 holds a list, not a JSON object",
+    b"\xff\xfe\x00": "line 1 is not a JSON object: UnicodeDecodeError: 'utf-8' codec",
 }.items())  # fmt: skip
 def test_a_wrong_line_is_named(content, message, tmp_path):
     path = tmp_path / "x.jsonl"
@@ -124,6 +131,34 @@ def test_a_wrong_line_is_named(content, message, tmp_path):
     gzipped.write_bytes(gzip.compress(content * 1000)[:-20])
     with pytest.raises(UserError, match="x.jsonl.gz: "):
         rows_of(gzipped)
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.JSONL", "x.gz", "x.jsonl.bz2", "x.parquet.gz", "x"])
+@pytest.mark.parametrize("split", ["train", "train[:1]"])
+def test_unknown_kinds_of_files_are_named(name, split, tmp_path):
+    (tmp_path / name).write_bytes(b'{"prompt": "a"}\n')
+    with pytest.raises(UserError, match=f"{name}: its kind is not known; use one of .jsonl, .jsonl.gz, "):
+        list(read_split(str(tmp_path / name), split))
+
+
+def test_a_pretty_printed_object_is_told_from_rows(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"prompt": "a"}, indent=2))
+    with pytest.raises(UserError, match="x.json: neither an array of objects nor one a line: line 1 is not "):
+        rows_of(path)
+
+
+@pytest.mark.parametrize("split", ["train", "train[:2]"])
+def test_a_value_that_python_cannot_hold_is_one_line(split, tmp_path):
+    """Arrow's days reach further than Python's years."""
+    import pyarrow
+    import pyarrow.parquet
+
+    days = pyarrow.array([0, 2**31 - 1], pyarrow.date32())
+    table = pyarrow.table({"prompt": ["a", "b"], "day": days})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="x.parquet: the rows after 0: OverflowError"):
+        list(read_split(str(tmp_path / "x.parquet"), split))
 
 
 @pytest.mark.parametrize("kind", ["parquet", "json"])
