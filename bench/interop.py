@@ -54,8 +54,6 @@ LIMITS = {
 KNOWN = {
     ("ctranslate2", "base"): "overlooks rotary_emb_base",
     ("llama_cpp", "base_next"): "overlooks rotary_emb_base",
-    ("transformers", "dcp"): "in memory transformers 5 calls embed_out lm_head",
-    ("transformers", "consolidated"): "in memory transformers 5 calls embed_out lm_head",
     ("litgpt", "base"): "takes the shape from the name, not from config.json",
 }
 

@@ -199,4 +199,6 @@ def text_of(row, key):
 
 def check(holds, line, value):
     """Raise a UserError about a value of a row, which stands at {} in the line, unless the condition holds."""
-    require(holds, line.format(f"{value!r:.80}"), "(correct or drop the row)")
+    if not holds:
+        shown = line.format(f"{value!r:.80}")
+        raise UserError(f"{shown}; correct or drop the row")

@@ -95,8 +95,10 @@ def load_weights(model, directory, new_head=False):
 
 
 def hub_name(name):
-    """The hub's name of a tensor that a reward model of arXiv:2403.17031 has under another one."""
+    """The hub's name of a tensor that has another one in reward models of arXiv:2403.17031, or in memory."""
     name = re.sub(r"^lm_backbone\.", "gpt_neox.", name)
+    # transformers 5 has another name in memory than in its files: distributed checkpoints hold the former.
+    name = re.sub(r"^lm_head\.", "embed_out.", name)
     return re.sub(r"^scalar_head\.", "score.", name)
 
 

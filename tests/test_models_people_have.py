@@ -328,6 +328,17 @@ def test_distributed_checkpoint_is_converted_by_the_line_shown(folder, plain):
     assert_same_weights(GPTNeoX.from_pretrained(str(plain)), before)
 
 
+def test_distributed_checkpoint_of_transformers_is_converted(tmp_path):
+    """The names are those in memory, where transformers 5 calls embed_out lm_head."""
+    theirs = hub_model()
+    theirs.config.save_pretrained(tmp_path)
+    assert "lm_head.weight" in theirs.state_dict()
+    dcp.save({"model": theirs.state_dict()}, checkpoint_id=tmp_path)
+    run_command(refusal(tmp_path))
+    ids = tokens(2, 30)
+    assert_close(logits_of(GPTNeoX.from_pretrained(str(tmp_path)), ids), logits_of(theirs, ids))
+
+
 def test_whole_set_of_shards_needs_no_index(plain):
     before = GPTNeoX.from_pretrained(str(plain))
     in_shards(plain, save_file, "model-0000{}-of-00002.safetensors")
