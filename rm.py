@@ -88,7 +88,7 @@ def reference_source(cfg):
     """The data whose (chosen) responses have mean reward 0 after training."""
     if cfg.normalize_data != "auto":
         return cfg.normalize_data
-    return TLDR_POSTS if cfg.data == TLDR_PAIRS else cfg.data
+    return TLDR_POSTS if cfg.data.startswith(TLDR_PAIRS) else cfg.data
 
 
 def update(run, cfg, model):

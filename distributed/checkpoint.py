@@ -48,7 +48,8 @@ def open_directory(cfg, world):
         was = read_json(out_dir / "config.json")
         inputs = {"inputs": was["inputs"]} if "inputs" in was else {}
     if has_begun and not cfg.accept_changes:
-        pairs = [(key, was.get(key), new) for key, new in values.items() if key not in FREE]
+        was = {**asdict(type(cfg)()), **was}  # a field that was not there yet had its default
+        pairs = [(key, was[key], new) for key, new in values.items() if key not in FREE]
         changed = ", ".join(f"{key} ({old!r} -> {new!r})" for key, old, new in pairs if old != new)
         mend = "choose another out_dir, or go on knowingly with --accept_changes"
         require(not changed, f"{out_dir} holds a run with another configuration: {changed}; {mend}")

@@ -2,6 +2,7 @@
 refused.
 """
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -12,6 +13,7 @@ import pyarrow
 from configurator import explain, require
 from hub.fetch import find_model
 from hub.files import read_json, split_names, write_json
+from hub.reader import read_split
 from hub.weights import weight_files
 
 
@@ -47,8 +49,11 @@ def fingerprints(cfg, data, models, functions):
     inputs = {"train_split": fingerprint_rows(data.train)}
     if data.held_out:
         inputs["eval_split"] = fingerprint_rows(data.held_out)
-    vocabulary = sorted(data.tokenizer.vocabulary.items())
-    inputs["tokenizer"] = short(hashlib.sha256(repr(vocabulary).encode()))
+    if functions.get("score") is not None:
+        # It may look at any column.
+        inputs["data"] = read_split(cfg.data, cfg.train_split).fingerprint[:16]
+    tokens = sorted(data.tokenizer.vocabulary.items())
+    inputs["tokenizer"] = short(hashlib.sha256(repr([tokens, data.tokenizer.eos_id]).encode()))
     from_scratch = getattr(cfg, "scratch", False)
     for field, sources in models.items():
         marks = [fingerprint_model(source, from_scratch) for source in split_names(sources)]
@@ -86,13 +91,42 @@ def fingerprint_model(source, scratch=False):
 
 
 def describe(function):
-    """A function's name, and a digest of its source where that can be had: two lambdas have one name."""
+    """A function's name, and a digest of its source and of what it holds: two lambdas have one name.
+
+    Other functions and values that it looks up by name are not seen.
+    """
     if function is None:
         return None
+    held = what_it_holds(function)
     function = getattr(function, "func", function)  # of a functools.partial
-    name = getattr(function, "__qualname__", type(function).__qualname__)
+    if not hasattr(function, "__qualname__"):
+        function = type(function)  # of an object that can be called
     try:
         source = inspect.getsource(function)
     except (OSError, TypeError):
-        return name
-    return f"{name} {short(hashlib.sha256(source.encode()))}"
+        source = ""  # typed in by hand
+    digest = hashlib.sha256(source.encode() + held.encode())
+    return f"{function.__qualname__} {short(digest)}"
+
+
+def what_it_holds(function):
+    """The values in a function, as JSON: arguments of a functools.partial, a closure's, constants, an object's.
+
+    Of what is no plain value only the type counts: its text would be another one in the next process.
+    """
+    held = [getattr(function, name, None) for name in ("args", "keywords", "__dict__")]
+    function = getattr(function, "func", function)
+    owner = getattr(function, "__self__", None)  # of a method
+    held.append(getattr(owner, "__dict__", None))
+    held.append(getattr(function, "__code__", None))
+    # A cell may be empty still, and a list hold itself.
+    with contextlib.suppress(ValueError):
+        for cell in getattr(function, "__closure__", None) or ():
+            held.append(cell.cell_contents)
+        return json.dumps(held, default=plain, skipkeys=True)
+    return ""
+
+
+def plain(value):
+    """A code object's constants, among which are the functions within it; else the name of a value's type."""
+    return getattr(value, "co_consts", type(value).__qualname__)

@@ -232,6 +232,9 @@ def stage(main):
             if not getattr(error, "is_of_user", False):
                 raise_in_one_line(error, cfg)
             raise
+        except Exception:
+            close_bars()
+            raise
         finally:
             set_handlers(handlers)
 

@@ -35,7 +35,10 @@ def load_model(cfg, world, tokenizer, cls, source, trainable=False, scratch=Fals
     size = model.config.vocab_size
     small = f"{directory}: vocab_size {size} is less than the tokenizer's {tokenizer.n_vocab}; use its own"
     require(size >= tokenizer.n_vocab, small)
-    if not scratch:
+    if not os.path.exists(os.path.join(directory, "tokenizer.json")):
+        taken = f"its ids are taken for those of {tokenizer.path}"
+        world.print(f"{directory}: no tokenizer.json; {taken}")
+    elif not scratch:
         refuse_other_tokenizer(directory, tokenizer, may_learn=trainable)
     if cfg.compile:
         for layer in model.gpt_neox.layers:
@@ -61,14 +64,15 @@ def refuse_other_tokenizer(directory, tokenizer, may_learn):
     may_learn: ids that it does not know are no trouble.
     """
     path = os.path.join(directory, "tokenizer.json")
-    if not os.path.exists(path):
-        return
-    ours = tokenizer.vocabulary
-    known = Tokenizer.load(directory).vocabulary
-    for id, text in ours.items():
+    theirs = Tokenizer.load(directory)
+    known = theirs.vocabulary
+    for id, text in tokenizer.vocabulary.items():
         is_new = id not in known and may_learn
         which = f"{path}: id {id} is {known.get(id)!r} there, and {text!r} in {tokenizer.path}"
         require(is_new or known.get(id) == text, f"{which}; use models of one tokenizer")
+    ends = may_learn or theirs.eos_id == tokenizer.eos_id
+    which = f"{path}: EOS is {theirs.eos_token!r} there, and {tokenizer.eos_token!r} for the rows"
+    require(ends, f"{which}; name the same in tokenizer_config.json")
 
 
 def shard(model, world, master_dtype, offload=False):

@@ -9,7 +9,7 @@ import inspect
 
 import torch
 
-from configurator import require
+from configurator import explain, require
 from data import last_scalars, pick
 from hub.files import split_names
 from hub.reader import read_split
@@ -48,10 +48,11 @@ def by_function(cfg, world, data, function):
             arguments.append(pick(rows, data.train[indices]["index"]))
         try:
             found = function(*arguments)
-        except OSError as error:
-            error.is_of_user = True  # no trouble with out_dir: `stage` lets it pass as it is
+        except Exception as error:
+            error.is_of_user = True  # no trouble with out_dir or memory: `stage` lets it pass as it is
             raise
-        scores = list(map(float, found))
+        with explain("score gave no list of numbers; return one for each text", TypeError, ValueError):
+            scores = list(map(float, found))
         counts = f"{len(scores)} for {len(responses)} texts"
         require(len(scores) == len(responses), f"score gave {counts}; return one each")
         return torch.tensor(scores, device=world.device)

@@ -72,7 +72,8 @@ def what_lies_at(path):
     names = sorted(entry.name for entry in directory.iterdir())
     shown = ", ".join(names[:8]) or "nothing"
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return f"in {directory} lie: {shown}{more}"
+    meant = f"; give {directory}/final" if "final" in names else ""
+    return f"in {directory} lie: {shown}{more}{meant}"
 
 
 def split_names(text):

@@ -127,5 +127,10 @@ def longest_possible(text, tokenizer, room):
 @functools.lru_cache(maxsize=4)
 def all_tokens(tokenizer):
     """The bytes of all tokens that a text can hold, and the lengths that they have, in order."""
-    tokens = {token for token in tokenizer.vocabulary.values() if isinstance(token, bytes)}
+    # Added tokens are cut out first: they stand in no other.
+    added = {text.encode() for text in tokenizer.added}
+    tokens = set(added)
+    for token in tokenizer.vocabulary.values():
+        if isinstance(token, bytes) and not any(text in token for text in added):
+            tokens.add(token)
     return tokens, sorted(set(map(len, tokens)))

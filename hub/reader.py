@@ -143,7 +143,8 @@ def files_of_directory(path, name, config, called):
     with explain(f"is not laid out as a data set; {what_lies_at(path)}", Exception):
         files = datasets.load_dataset_builder(path, config).config.data_files
     found = ", ".join(map(str, files))
-    require(name in files, f"has no split {name!r}, but {found}; use one of these")
+    parts = "use one of these, or a part such as train[90%:]"
+    require(name in files, f"has no split {name!r}, but {found}; {parts}")
     return list(files[name])
 
 
@@ -234,7 +235,8 @@ def read_parquet(path):
         file = pyarrow.parquet.ParquetFile(path)
     mixed = [field for field in file.schema_arrow if JSON in str(field.type)]
     # Not every date or list of Arrow's is one of Python's.
-    with explain(f"the rows after {number}", pyarrow.ArrowException, OverflowError, TypeError, ValueError):
+    wrong_values = (pyarrow.ArrowException, OverflowError, TypeError, ValueError)
+    with explain("holds a value that cannot be read", *wrong_values):
         for batch in file.iter_batches(batch_size=1000):
             for row in batch.to_pylist():
                 for field in mixed:

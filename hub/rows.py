@@ -14,6 +14,7 @@ are: the response brings its own first space. Two are given one where they have 
 "TL;DR:", and an answer, which stands after "Assistant:".
 """
 
+import itertools
 import os
 import re
 
@@ -112,7 +113,7 @@ def schema_of(row):
 def split_prompt(prompt, responses):
     """Texts or chats -> the prompt's text, and the responses' texts that follow it.
 
-    A response that is a chat may repeat the prompt, or go on after it with one turn or several. Without a prompt, and
+    A response may repeat the prompt, or go on after it; a chat with one turn or several. Without a prompt, and
     of several turns, the prompt is what all share: up to the last answer of a chat, or up to a space.
     """
     texts = list(map(chat_text, responses))
@@ -126,18 +127,15 @@ def split_prompt(prompt, responses):
     if all(map(is_one_answer, responses)):
         answers = [answer_of(response, text) for response, text in zip(responses, texts)]
         if isinstance(prompt, str):
-            return start, answers
+            return start, without_prompt(prompt, answers)
         return start + ANSWER, list(map(after_answer, answers))
 
-    transcripts = []
-    for response, text in zip(responses, texts):
+    for response in responses:
         is_chat = isinstance(response, list)
         check(is_chat, "{} is a text, and another response a chat of several turns", response)
-        if repeats(prompt, response):
-            transcripts.append(text)
-        else:
-            transcripts.append(start + text)
-    return split_shared(transcripts, len(start))
+    transcripts = [transcript(prompt, response) for response in responses]
+    goes_on = all(text.startswith(start) for text in transcripts)
+    return split_shared(transcripts, len(start) if goes_on else 0)
 
 
 def is_one_answer(response):
@@ -151,14 +149,38 @@ def answer_of(response, text):
     return text.removeprefix(ANSWER)
 
 
-def repeats(prompt, chat):
-    """Whether a chat has the turns of the prompt, behind a system's for example, or a text among its turns."""
-    said = [(turn["role"], turn["content"].strip()) for turn in chat[:-1]]
+def without_prompt(prompt, answers):
+    """Texts that all repeat a prompt of several words lose it."""
+    is_long = " " in prompt.strip()
+    if is_long and all(answer.startswith(prompt) for answer in answers):
+        return [answer.removeprefix(prompt) for answer in answers]
+    return answers
+
+
+def transcript(prompt, chat):
+    """All that is said in a row: by the chat alone, if it begins with what the prompt asks, or by one after the other.
+
+    Before that either may have turns of the system, which the other leaves out.
+    """
+    said = skip_system(chat[:-1])
+    text = chat_text(chat)
     if isinstance(prompt, str):
-        return prompt.strip() in [content for _, content in said]
-    asked = [(turn["role"], turn["content"].strip()) for turn in prompt]
-    starts = range(len(said) - len(asked) + 1)
-    return any(said[start : start + len(asked)] == asked for start in starts)
+        is_said = said[:1] == [("user", prompt.strip())] or text.startswith(prompt)
+        return text if is_said else prompt + text
+
+    asked = skip_system(prompt)
+    if said[: len(asked)] != asked:
+        return chat_text(prompt) + text
+    has_system = chat[0]["role"] == "system" or prompt[0]["role"] != "system"
+    if has_system:
+        return text
+    return chat_text(prompt[: len(prompt) - len(asked)]) + text
+
+
+def skip_system(chat):
+    """The turns of a chat from the first on that is not the system's, as pairs (role, content)."""
+    turns = [(turn["role"], turn["content"].strip()) for turn in chat]
+    return list(itertools.dropwhile(lambda turn: turn[0] == "system", turns))
 
 
 def after_answer(text):

@@ -139,7 +139,7 @@ def handle_long_rows(name, rows, max_length, too_long):
     first = int(is_long.argmax())
     found = f"{rows[first]['place']} has {lengths[first]} tokens, more than {max_length}"
     count = f"{is_long.sum()} such rows of {len(rows)}"
-    mend = "raise max_length, up to the model's positions, or give --too_long=drop or cut"
+    mend = "give --too_long=drop or cut, or change max_length or response_length within the model's positions"
     require(too_long != "stop", f"{name}: {found} ({count}); {mend}")
 
     if too_long == "cut":

@@ -12,7 +12,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from configurator import UserError, explain, require
 from hub.config import read_config
-from hub.files import read_json
+from hub.files import read_json, what_lies_at
 from hub.missing import no_model
 
 # Masks and rotary tables that old Pythia files carry along; they hold nothing that was learned.
@@ -48,6 +48,7 @@ def whole_model(directory):
 
 
 def open_weights(path):
+    require(os.path.exists(path), f"{path}: is not there; {what_lies_at(path)}; copy it from where the others are")
     unreadable = f"{path}: cannot be read as safetensors; copy it again (or, after git clone: git lfs pull)"
     with explain(unreadable, OSError, ValueError, SafetensorError):
         return safe_open(path, framework="pt")
@@ -63,7 +64,10 @@ def load_weights(model, directory, new_head=False):
     config = read_config(directory)
     wanted = model.state_dict()
     files = weight_files(directory)
-    names = {hub_name(name): name for name in files}
+    # Where a tensor is stored under both of its names, that of the hub counts, and the other is told.
+    hub_last = sorted(files, key=lambda name: name == hub_name(name))
+    names = {hub_name(name): name for name in hub_last}
+    refuse_names("unexpected", files.keys() - names.values(), model, directory)
     if new_head:
         wanted = body_of(wanted)
         names = body_of(names)

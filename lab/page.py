@@ -25,7 +25,7 @@ import ppo  # noqa: E402
 import rm  # noqa: E402
 import sft  # noqa: E402
 from configurator import UserError, explain, require  # noqa: E402
-from hub.files import read_json, read_jsonl  # noqa: E402
+from hub.files import expand, read_json, read_jsonl  # noqa: E402
 from hub.rows import text_of  # noqa: E402
 from lab import plot  # noqa: E402
 
@@ -261,8 +261,8 @@ def cell(value):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, help="the out_dir of a run; report.html goes there")
-    run = parser.parse_args(argv).directory
+    parser.add_argument("directory", type=expand, help="the out_dir of a run; report.html goes there")
+    run = Path(parser.parse_args(argv).directory)
     text = page(run)
     with explain(f"{run}/report.html cannot be written", OSError):
         (run / "report.html").write_text(text, encoding="utf-8", errors="replace")

@@ -24,6 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configurator import explain, require  # noqa: E402
+from hub.files import expand  # noqa: E402
 
 # stage, known by the first of its metrics: its panels, in the order in which one looks at them, and their units
 PANELS = {
@@ -373,7 +374,7 @@ def curves_of_runs(paths, keys, smooth):
 
 def main(argv=None):
     parser = argparse.ArgumentParser()
-    parser.add_argument("paths", nargs="+", help="directories of runs of one stage, or one winrate.json")
+    parser.add_argument("paths", nargs="+", type=expand, help="directories of runs of one stage, or one winrate.json")
     parser.add_argument("--out", default="curves.png", help="the file to write: .png, .pdf or .svg")
     parser.add_argument("--keys", type=lambda text: text.split(","), help="a,b+c: the panels; default: the stage's")
     parser.add_argument("--smooth", type=int, default=1, help="updates in the running mean")

@@ -57,6 +57,22 @@ SCHEMAS = {
     "a chat with a system turn before the prompt's": (
         {"prompt": CHAT, "chosen": [SYSTEM, *CHAT, YES], "rejected": [SYSTEM, *CHAT, NO]},
         "\n\nSystem: be brief" + HUMAN, [" yes", " no"]),
+    "a chat without the prompt's system turn": (
+        {"prompt": [SYSTEM, *CHAT], "chosen": [*CHAT, YES], "rejected": [*CHAT, NO]},
+        "\n\nSystem: be brief" + HUMAN, [" yes", " no"]),
+    "a chat and a prompt of the system": (
+        {"prompt": [SYSTEM], "chosen": [*CHAT, YES], "rejected": [*CHAT, NO]},
+        "\n\nSystem: be brief" + HUMAN, [" yes", " no"]),
+    "a chat whose own system turn is shorter": (
+        {"prompt": [{**SYSTEM, "content": "be brief, and say no more than you are asked"}, *CHAT],
+         "chosen": [SYSTEM, *CHAT, YES], "rejected": [SYSTEM, *CHAT, NO]},
+        "\n\nSystem: be brief" + HUMAN, [" yes", " no"]),
+    "a prompt that a later turn says again": (
+        {"prompt": "yes", "completion": [{**YES, "content": "sure?"}, {**CHAT[0], "content": "yes"}, NO]},
+        "yes\n\nAssistant: sure?\n\nHuman: yes\n\nAssistant:", [" no"]),
+    "texts that repeat their prompt": ({"prompt": "say it:", "chosen": "say it: now", "rejected": "say it: later"},
+                                       "say it:", [" now", " later"]),
+    "a text that begins with a word of its prompt": ({"prompt": "The", "completion": "Theory"}, "The", ["Theory"]),
     "columns of other schemas": ({"prompt": "say it:", "completion": " now", "target": "b", "extra": "seen twice",
                                   "summaries": [1], "messages": 3}, "say it:", [" now"]),
 }  # fmt: skip

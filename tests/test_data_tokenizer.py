@@ -668,6 +668,8 @@ HARD_POSTS = {
     "digits": "31415926535897932384626433" * 12,
     "runs of spaces": "".join("word" + " " * (n % 29) for n in range(60)),
     "spaces only": " " * 700,
+    "a long run of spaces in a text": "we ran" + " " * 900 + "off",
+    "a long run of dots": "we ran" + "." * 900,
     "spaces before newlines": "".join("line" + " " * (n % 27) + "\n" * (n % 3) for n in range(90)),
     "newlines only": "\n" * 300,
     "carriage returns": "a line\r\nthen another\r\n\r\n" * 20 + "a long tail without any end " * 8,

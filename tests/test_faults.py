@@ -16,6 +16,7 @@ import pytest
 import torch
 from pipeline import EVERYTHING, ROOT, arguments, in_update, metrics, nan_in
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import ppo
 import sft
@@ -385,13 +386,30 @@ def test_a_full_disk_leaves_the_configuration(whole, broken):
 
 @pytest.mark.parametrize("where", ["cpu", "cuda"])
 def test_out_of_memory_names_the_fields_to_lower(pipeline, where):
-    def score(queries, responses):
+    def token_loss(cfg, new_logprobs, micro):
         if where == "cuda":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has ...")
         return torch.empty(2**55)
 
     with pytest.raises(UserError, match=r"out of memory: .*lower micro_batch_size \(3\) or rollout_micro_batch_size"):
-        ppo.main(pipeline.config(ppo, f"memory_{where}"), score)
+        ppo.main(pipeline.config(ppo, f"memory_{where}"), token_loss=token_loss)
+
+
+@pytest.mark.parametrize("error", [OSError(2, "no such file"), MemoryError("mine"), RuntimeError("CUDA out of memory")])
+def test_what_a_score_raises_passes_as_it_is(pipeline, error):
+    def score(queries, responses):
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        ppo.main(pipeline.config(ppo, "score_raises"), score)
+    assert caught.value is error
+    assert not tqdm._instances  # no bar is drawn behind the traceback
+
+
+def test_a_score_that_gives_no_numbers_is_told(pipeline):
+    for found in (None, ["a"] * 3):
+        with pytest.raises(UserError, match="score gave no list of numbers; return one for each text: "):
+            ppo.main(pipeline.config(ppo, "score_gives_nothing"), lambda queries, responses, found=found: found)
 
 
 def test_other_errors_keep_their_traceback(pipeline):

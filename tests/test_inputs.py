@@ -1,5 +1,6 @@
 """What a run is made from: other rows, weights, tokenizers and functions are refused; and what it leaves for others."""
 
+import functools
 import json
 import shutil
 from dataclasses import replace
@@ -18,6 +19,7 @@ import sample
 import sft
 from configurator import UserError
 from data import Tokenizer, uniforms
+from distributed.inputs import describe
 from generation import sample_token
 from hub.rows import chat_text
 from variants import ptx
@@ -122,6 +124,101 @@ def test_a_run_does_not_go_on_with_another_reward(pipeline, tmp_path, capsys):
     assert "is there already" in capsys.readouterr().out
     with pytest.raises(UserError, match="began with another score"):
         ppo.main(cfg, score=lambda queries, responses: [1.0 for _ in responses])
+
+
+class Constant:
+    """A score that is an object, with a method that is another."""
+
+    def __init__(self, score):
+        self.score = score
+
+    def __call__(self, queries, responses):
+        return [self.score for _ in responses]
+
+    def method(self, queries, responses):
+        return self(queries, responses)
+
+
+def constant(score):
+    return lambda queries, responses: [score for _ in responses]
+
+
+def scaled(queries, responses, scale=1.0):
+    return [scale * len(response) for response in responses]
+
+
+def typed_in(score):
+    """A function without a source file."""
+    return eval(f"lambda queries, responses: [{score} for _ in responses]")
+
+
+MAKERS = {
+    "partial": lambda score: functools.partial(scaled, scale=score),
+    "closure": constant,
+    "object": Constant,
+    "method": lambda score: Constant(score).method,
+    "typed in": typed_in,
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_function_is_known_by_what_it_holds(kind):
+    make = MAKERS[kind]
+    assert describe(make(1.0)) == describe(make(1.0)) != describe(make(2.0))
+    if kind != "typed in":
+        assert describe(make(object())) == describe(make(object()))  # by no address: the next process has another
+
+
+def test_a_run_does_not_go_on_with_other_answers(pipeline, tmp_path):
+    """A column that only the score looks at."""
+    rows = [{**row, "answer": "a"} for row in ROWS]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    options = dict(reward_model="", data=data, max_length=0, episodes=8, out_dir=str(tmp_path / "run"))
+    cfg = pipeline.config(ppo, "x", **options)
+
+    def right(queries, responses, rows):
+        return [float(row["answer"] in response) for row, response in zip(rows, responses)]
+
+    ppo.main(cfg, score=right)
+    ppo.main(cfg, score=right)
+    write_rows(tmp_path / "rows.jsonl", [*rows[:-1], {**rows[-1], "answer": "b"}])
+    with pytest.raises(UserError, match="began with another data;"):
+        ppo.main(cfg, score=right)
+
+
+def test_a_reward_model_of_another_eos_is_refused(pipeline, tmp_path):
+    """The same tokens, but another one of them ends a text: the reward would be read where none was learned."""
+    for name, model in (("reward_model", pipeline.rm), ("reference", pipeline.sft)):
+        directory = tmp_path / name
+        shutil.copytree(model, directory)
+        (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|padding|>"}))
+        cfg = pipeline.config(ppo, "x", out_dir=str(tmp_path / "run"), **{name: str(directory)})
+        with pytest.raises(UserError, match=r"tokenizer.json: EOS is '<\|padding\|>' there, and '<\|endoftext\|>' for"):
+            ppo.main(cfg)
+
+
+def test_a_model_without_a_tokenizer_is_told(pipeline, tmp_path, capsys):
+    directory = tmp_path / "rm"
+    shutil.copytree(pipeline.rm, directory)
+    (directory / "tokenizer.json").unlink()
+    ppo.main(pipeline.config(ppo, "x", out_dir=str(tmp_path / "run"), reward_model=str(directory)))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "no tokenizer.json" in line]
+    # The critic starts from it, too.
+    taken = f"its ids are taken for those of {pipeline.sft}/tokenizer.json"
+    assert lines == [f"{directory}: no tokenizer.json; {taken}"] * 2
+
+
+def test_a_run_of_before_a_field_was_there_goes_on(pipeline, tmp_path):
+    cfg = pipeline.config(sft, "x", out_dir=str(tmp_path / "run"), episodes=8)
+    sft.main(cfg)
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    del config["too_long"]
+    path.write_text(json.dumps(config))
+    sft.main(cfg)
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"too_long \('stop' -> 'drop'\)"):
+        sft.main(replace(cfg, too_long="drop"))
 
 
 def test_a_run_does_not_go_on_with_other_rows_beside_its_data(pipeline, tmp_path):

@@ -157,7 +157,7 @@ def test_a_value_that_python_cannot_hold_is_one_line(split, tmp_path):
     days = pyarrow.array([0, 2**31 - 1], pyarrow.date32())
     table = pyarrow.table({"prompt": ["a", "b"], "day": days})
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
-    with pytest.raises(UserError, match="x.parquet: the rows after 0: OverflowError"):
+    with pytest.raises(UserError, match="x.parquet: holds a value that cannot be read: OverflowError"):
         list(read_split(str(tmp_path / "x.parquet"), split))
 
 

@@ -19,6 +19,7 @@ perfect summary has 8.
 import argparse
 import json
 import math
+import os
 import random
 import re
 from collections import Counter
@@ -242,7 +243,7 @@ def row_count(text):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Write the toy TL;DR data set.")
-    parser.add_argument("out_dir")
+    parser.add_argument("out_dir", type=os.path.expanduser)
     parser.add_argument("--seed", type=int, default=0)
     for name, rows in [("sft-train", 8000), ("sft-validation", 500),
                        ("comparisons-train", 8000), ("comparisons-validation", 500)]:
