@@ -208,7 +208,7 @@ def test_the_house_stays_small():
     """hub/ is counted apart: how other people's files look is no small thing, and no reader of a stage needs it."""
     hub = [path for path in CORE if path.parent.name == "hub"]
     assert count_lines(TOP_LEVEL) <= 1500
-    assert count_lines(hub) <= 1250
+    assert count_lines(hub) <= 1220
     assert count_lines(CORE) - count_lines(hub) <= 2350
     for path in STAGES:
         without_hub = [module for module in all_that_is_imported([path]) if module not in hub]
