@@ -3,6 +3,7 @@ refused.
 """
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import json
@@ -110,23 +111,27 @@ def describe(function):
 
 
 def what_it_holds(function):
-    """The values in a function, as JSON: arguments of a functools.partial, a closure's, constants, an object's.
-
-    Of what is no plain value only the type counts: its text would be another one in the next process.
-    """
-    held = [getattr(function, name, None) for name in ("args", "keywords", "__dict__")]
-    function = getattr(function, "func", function)
-    owner = getattr(function, "__self__", None)  # of a method
-    held.append(getattr(owner, "__dict__", None))
+    """The values in a function: arguments of a functools.partial, a closure's, constants, an object's."""
+    held = []
+    if isinstance(function, functools.partial):
+        held += [*function.args, *function.keywords.items()]
+        function = function.func
     held.append(getattr(function, "__code__", None))
-    # A cell may be empty still, and a list hold itself.
+    owner = getattr(function, "__self__", function)  # of a method
+    held += getattr(owner, "__dict__", {}).items()
+    # A cell may be empty still.
     with contextlib.suppress(ValueError):
         for cell in getattr(function, "__closure__", None) or ():
             held.append(cell.cell_contents)
-        return json.dumps(held, default=plain, skipkeys=True)
-    return ""
+    return repr(plain(tuple(held)))
 
 
 def plain(value):
-    """A code object's constants, among which are the functions within it; else the name of a value's type."""
-    return getattr(value, "co_consts", type(value).__qualname__)
+    """A number, a text, or a tuple of such; of a code object its constants. Of anything else only the type counts: its
+    text is another one in the next process, and a list or a dict may be a cache that the run fills.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, tuple):
+        return tuple(map(plain, value))
+    return plain(getattr(value, "co_consts", type(value).__qualname__))

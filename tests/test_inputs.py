@@ -169,6 +169,20 @@ def test_a_function_is_known_by_what_it_holds(kind):
         assert describe(make(object())) == describe(make(object()))  # by no address: the next process has another
 
 
+def test_what_a_run_fills_makes_no_other_function():
+    """A cache, say: the same cell of a notebook goes on with its run."""
+    cache = {}
+    seen = []
+
+    def score(queries, responses):
+        seen.extend(responses)
+        return [cache.setdefault(response, len(response)) for response in responses]
+
+    before = describe(score)
+    score([], ["a", "b"])
+    assert describe(score) == before
+
+
 def test_a_run_does_not_go_on_with_other_answers(pipeline, tmp_path):
     """A column that only the score looks at."""
     rows = [{**row, "answer": "a"} for row in ROWS]
