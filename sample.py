@@ -5,6 +5,7 @@ r"""Sample from a model and say how it does.
     torchrun --nproc_per_node=8 sample.py --model=out/ppo_1b/final --reward_model=out/rm_1b/final --out_dir=out/samples
     python sample.py --model=out/sft_1b/step_300,out/sft_1b/step_600 --reward_model=out/rm_1b/final --out_dir=out/best
     python sample.py --judge=out/rm_1b/final --samples=out/samples/samples.jsonl           (see evals/winrate.py)
+    python sample.py config/sums_sample.py --scorer=toy.sums --model=out/sums/grpo/final   (see evals/passk.py)
 
 Over a split, whose rows need no references, it prints one table per model; of the one with the best score it writes
 out_dir/samples.jsonl (query, response, reference, tokens, reference_tokens, length_ratio, eos; score and
@@ -75,8 +76,10 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    # Judging is a script of its own.
+    # Judging is a script of its own, and so is counting right answers.
     if "--judge=" in " ".join(sys.argv):
         runpy.run_module("evals.winrate", run_name="__main__", alter_sys=True)
+    elif "--scorer=" in " ".join(sys.argv):
+        runpy.run_module("evals.passk", run_name="__main__", alter_sys=True)
     else:
         main(configure(Config))

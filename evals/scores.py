@@ -5,6 +5,7 @@
 where indices are the rows of the data that the queries are of.
 """
 
+import importlib
 import inspect
 
 import torch
@@ -29,15 +30,24 @@ def by_models(cfg, world, tokenizer, sources):
     return score
 
 
-def by_function(cfg, world, data, function):
-    """function(texts, texts) -> floats, or with a third argument, which gets the data's rows as dicts."""
+def from_module(name):
+    """The function `score` of a Python module, such as toy.sums."""
+    with explain(f"scorer {name!r}: not a module with a function `score`", Exception):
+        return importlib.import_module(name).score
+
+
+def by_function(cfg, world, data, function, split=""):
+    """function(texts, texts) -> floats, or with a third argument, which gets the data's rows as dicts.
+
+    split: which one data.train is of; empty: cfg.train_split.
+    """
     decode = data.tokenizer.decode
     parameters = inspect.signature(function).parameters
     needed = [name for name, kind in parameters.items() if kind.default is kind.empty]
     # f(queries, responses, rows) or f(queries, responses, rows=None); not f(queries, responses, scale=1.0)
     takes_rows = "rows" in parameters or len(needed) > 2
     if takes_rows:
-        rows = [row for _, row in read_split(cfg.data, cfg.train_split)]
+        rows = [row for _, row in read_split(cfg.data, split or cfg.train_split)]
 
     def score(queries, responses, indices):
         queries = list(map(decode, queries))

@@ -1,0 +1,19 @@
+# python -m variants.verifiable config/sums_ppo.py --algorithm=grpo --out_dir=out/sums/grpo
+model = "out/sums/sft/final"
+data = "out/sums/data/sft_{split}.jsonl"
+out_dir = "out/sums/ppo"
+scorer = "toy.sums"
+seed = 1
+episodes = 200 * 256
+batch_size = 256
+group_size = 8
+n_minibatches = 2
+n_epochs = 2
+micro_batch_size = 128
+rollout_micro_batch_size = 256
+response_length = 4
+temperature = 1.0
+missing_eos_score = 0.0
+kl_coef = 0.0
+lr = 1e-3
+adam_eps = 1e-8

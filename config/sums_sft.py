@@ -1,0 +1,15 @@
+# python toy/sums.py out/sums/data --seed=1 && python sft.py config/sums_sft.py
+model = "config/sums_model"
+scratch = True  # a model of 0.2 million parameters
+tokenizer = "out/sums/data"
+data = "out/sums/data/sft_{split}.jsonl"
+train_split = "train[:400]"  # few of the sums, so that it is often wrong
+out_dir = "out/sums/sft"
+seed = 1
+loss_on = "response"
+episodes = 400 * 64
+batch_size = 64
+micro_batch_size = 64
+lr = 4e-3
+adam_eps = 1e-8
+warmup_steps = 30
