@@ -38,16 +38,23 @@ class Config(TrainConfig):
 
 
 @stage
-def main(cfg, loss=None):
-    """loss: a function like `pair_loss`, in its place."""
-    loss = loss or pair_loss
-    # Called for its errors alone: settings that do not fit are refused before anything is loaded.
-    loss(cfg, torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2))
+def main(cfg, loss=None, before_batch=None, kept=()):
+    """Load data and models, train, evaluate, and write out_dir/final. All but cfg are doors:
+
+    loss(cfg, logprobs, micro) -> (B,), (B, 2)      in place of `pair_loss`
+    before_batch(run, model, batch, columns)        before each update: `batch` has its pairs, and `columns`, a dict to
+                                                    add to, what `loss` finds of them in `micro`: a tensor each
+    kept                                            {name: module} that a checkpoint keeps, besides the policy
+    """
+    if loss is None:
+        loss = pair_loss
+        # Called for its errors alone: settings that do not fit are refused before anything is loaded.
+        pair_loss(cfg, torch.zeros(1, 2), {"ref_logprobs": torch.zeros(1, 2)})
     models = {"model": cfg.model, "reference": cfg.reference or cfg.model}
-    world, data = start(cfg, 2, models, {"loss": loss})
+    world, data = start(cfg, 2, models, {"loss": loss, "before_batch": before_batch})
     n_vocab = data.tokenizer.n_vocab
-    soft = f"{cfg.data}: DPO does not use soft labels (target); use label_smoothing"
-    require(min(data.train["target"]) == 1, soft)
+    soft = f"{cfg.data}: soft labels (target) are for variants/dpo_losses.py; or use label_smoothing"
+    require(loss is not pair_loss or min(data.train["target"]) == 1, soft)
 
     # The reference goes as soon as it has been asked: the policy takes its place in memory.
     reference = load_model(cfg, world, data.tokenizer, GPTNeoX, cfg.reference or cfg.model)
@@ -58,8 +65,9 @@ def main(cfg, loss=None):
 
     model = load_model(cfg, world, data.tokenizer, GPTNeoX, cfg.model, trainable=True)
     run = Run(cfg, world, data, {"model": model})
+    run.models.update(kept)
     for _ in run.updates():
-        metrics = update(run, cfg, model, ref_logprobs, loss)
+        metrics = update(run, cfg, model, ref_logprobs, loss, before_batch)
         metrics.update(optimizer_step(run))
         run.log(metrics, watch=("loss/dpo", "rewards/accuracies"))
 
@@ -70,16 +78,19 @@ def main(cfg, loss=None):
     run.export(model)
 
 
-def update(run, cfg, model, ref_logprobs, loss):
+def update(run, cfg, model, ref_logprobs, loss, before_batch=None):
     """Accumulate the gradient of this step's batch; ref_logprobs (n, 2) are of all rows. Returns its metrics."""
     row_indices = run.row_indices()
     batch = run.rows.select(row_indices)
+    columns = {"ref_logprobs": ref_logprobs[row_indices]}
+    if before_batch is not None:
+        before_batch(run, model, batch, columns)
     n_tokens = sum(len(chosen) for chosen, _ in batch["responses"])
     parts = []
     for indices in run.micro_batches(batch["length"]):
-        micro = batch[indices]
-        logprobs, lengths = pair_logprobs(model, micro, run.world.device, run.tokenizer.n_vocab)  # (B, 2)
-        losses, rewards = loss(cfg, logprobs, ref_logprobs[row_indices[indices]], lengths)
+        micro = {name: column[indices] for name, column in columns.items()}
+        logprobs = pair_logprobs(model, batch[indices], run.world.device, run.tokenizer.n_vocab)  # (B, 2)
+        losses, rewards = loss(cfg, logprobs, micro)
         chosen, rejected = logprobs.unbind(1)
         # Each micro-batch adds its share of the whole batch's mean.
         sft_loss = -chosen.sum() / n_tokens
@@ -92,6 +103,7 @@ def update(run, cfg, model, ref_logprobs, loss):
             "rewards/accuracies": rewards[:, 0] > rewards[:, 1],
             "logps/chosen": chosen,
             "logps/rejected": rejected,
+            "logps/accuracies": chosen > rejected,
         }
         parts.append({name: value.sum() / cfg.batch_size for name, value in values.items()})
 
@@ -101,7 +113,7 @@ def update(run, cfg, model, ref_logprobs, loss):
 
 
 def pair_logprobs(model, rows, device, n_vocab):
-    """Summed log-probabilities (B, 2) of the chosen and rejected responses (EOS included), and their lengths (B, 2).
+    """Summed log-probabilities (B, 2) of the chosen and rejected responses, EOS included.
 
     One pass and not two, since a sharded model gathers its parameters once for each.
     """
@@ -112,18 +124,14 @@ def pair_logprobs(model, rows, device, n_vocab):
         responses += pair
     ids, select, targets, mask = collate(queries, responses, device)
     logprobs = model.logprobs(ids, select, targets, n_vocab=n_vocab)  # (2 B, R)
-    sums = (logprobs * mask).sum(1)
-    return sums.view(-1, 2), mask.sum(1).view(-1, 2)
+    return (logprobs * mask).sum(1).view(-1, 2)
 
 
-def pair_loss(cfg, logprobs, ref_logprobs, lengths):
-    """Losses (B,) and implicit rewards (B, 2) from logprobs, ref_logprobs and lengths (B, 2), chosen and rejected."""
-    chosen, rejected = logprobs.unbind(1)
-    ref_chosen, ref_rejected = ref_logprobs.unbind(1)
-    losses, chosen_rewards, rejected_rewards = dpo_loss(
-        chosen, rejected, ref_chosen, ref_rejected, cfg.beta, cfg.loss_type, cfg.label_smoothing
-    )
-    return losses, torch.stack((chosen_rewards, rejected_rewards), dim=1)
+def pair_loss(cfg, logprobs, micro):
+    """Losses (B,) and implicit rewards (B, 2) from logprobs (B, 2) of the chosen and rejected responses."""
+    pairs = torch.cat((logprobs, micro["ref_logprobs"]), dim=1)  # (B, 4), in the order that dpo_loss takes them
+    losses, *rewards = dpo_loss(*pairs.unbind(1), cfg.beta, cfg.loss_type, cfg.label_smoothing)
+    return losses, torch.stack(rewards, dim=1)
 
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, loss_type="sigmoid",
@@ -132,9 +140,8 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, los
 
     label_smoothing: the probability that a label is wrong. Raises UserError where loss_type has no use for it.
     """
-    if label_smoothing and (loss_type != "sigmoid" or label_smoothing >= 0.5):
-        message = f"label_smoothing {label_smoothing} does not fit loss_type {loss_type!r}"
-        raise UserError(f"{message}; sigmoid takes one below 0.5")
+    fits = label_smoothing == 0 or (loss_type == "sigmoid" and label_smoothing < 0.5)
+    require(fits, f"label_smoothing {label_smoothing} does not fit {loss_type!r}; sigmoid takes one below 0.5")
     chosen_ratio = policy_chosen - ref_chosen
     rejected_ratio = policy_rejected - ref_rejected
     margin = chosen_ratio - rejected_ratio
@@ -159,8 +166,7 @@ def predict(cfg, world, n_vocab, model, rows):
     """Summed log-probabilities (n, 2) of every pair of a data set, on every rank."""
 
     def measure(indices):
-        logprobs, _ = pair_logprobs(model, rows[indices], world.device, n_vocab)
-        return {"logprobs": logprobs}
+        return {"logprobs": pair_logprobs(model, rows[indices], world.device, n_vocab)}
 
     return world.map_rows(measure, rows["length"], cfg.micro_batch_size)["logprobs"]
 

@@ -135,8 +135,8 @@ def train(run, cfg, policy, reference, critic, scorer, advantages, token_loss, b
 
         # These describe the samples, and so the policy as it was before the update.
         metrics = {"episode": (step + 1) * cfg.batch_size}
-        kl_coef = run.state.get("kl_coef", 0.0)  # left there by `advantages`, if the rewards have a penalty
-        metrics.update(rollout_metrics(batch, kl_coef))
+        # `advantages` has left the coefficient in `state`, if the rewards have a penalty.
+        metrics.update(rollout_metrics(batch, run.state.get("kl_coef", 0.0)))
         metrics.update(ppo_update(run, cfg, policy, critic, queries, batch, token_loss, before_step))
 
         # A checkpoint keeps these. `advantages` looks at the first at the next batch, a variant at either.
@@ -383,8 +383,7 @@ def ppo_update(run, cfg, policy, critic, queries, batch, token_loss, before_step
         last_step = optimizer_step(run)
 
     first_ratio = run.world.sum_scalars(first_ratios)
-    means = run.world.sum_scalars(shares)
-    return {**first_ratio, **means, **added, **last_step}
+    return {**first_ratio, **run.world.sum_scalars(shares), **added, **last_step}
 
 
 def minibatch_indices(cfg, step):
@@ -552,7 +551,8 @@ def main(cfg, score=None, advantages=advantages, token_loss=clipped_surrogate, w
     before_step(run, cfg, metrics) -> bool          before an optimizer step that trains the policy, with the numbers
                                                     of this minibatch; True: neither this step nor a later one of
                                                     this update trains the policy. What it adds to `metrics` is logged.
-    after_update(run, policy, reference)            after each update
+    after_update(run, policy, reference)            after each update. It may move the reference, which then has
+                                                    float32 masters and a place in checkpoints.
     with_critic                                     False: no critic is there, a batch has no values, and `advantages`
                                                     must be one that does without
     """
@@ -577,7 +577,7 @@ def main(cfg, score=None, advantages=advantages, token_loss=clipped_surrogate, w
     load = functools.partial(load_model, cfg, world, data.tokenizer)
 
     policy = load(GPTNeoX, cfg.model, trainable=True)
-    reference = load(GPTNeoX, cfg.reference or cfg.model)
+    reference = load(GPTNeoX, cfg.reference or cfg.model, trainable=after_update is not None)
     if score is None:
         scorer = scores.by_models(cfg, world, data.tokenizer, cfg.reward_model)
     else:
@@ -595,6 +595,8 @@ def main(cfg, score=None, advantages=advantages, token_loss=clipped_surrogate, w
         models["critic"] = critic
 
     run = Run(cfg, world, data, models, lrs={"critic": cfg.critic_lr})
+    if after_update is not None:
+        run.models["reference"] = reference  # behind the optimizer's back: checkpoints alone look there
     train(run, cfg, policy, reference, critic, scorer, advantages, token_loss, before_step, after_update)
     run.export(policy)
 

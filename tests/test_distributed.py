@@ -57,6 +57,10 @@ CASES = {
     "ppo, every option": ("variants.ppo_max", {**EVERYTHING, "critic_steps": 1}),
     "ppo, less memory": ("ppo", MEMORY),
     "rm, rankings": ("rm", RANKED),
+    "a reference that follows": ("variants.reference_ema", dict(ema=0.3)),
+    "early stop": ("variants.early_stop", dict(target_kl=1e-4, n_epochs=3)),
+    "DPO, a reference that follows": ("variants.tr_dpo", dict(ema=0.3, sync_every=1)),
+    "DPO, sorted over the batch": ("variants.aot", dict(loss_type="aot_unpaired", beta=1.0)),
 }
 
 

@@ -1,9 +1,8 @@
-"""The doors of ppo.py, and the variants that go through them: their mathematics by hand, their effect on a tiny run."""
+"""The doors of ppo.py and dpo.py, and the effect on a tiny run of the variants that go through them."""
 
 import itertools
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,136 +10,30 @@ import torch
 from pipeline import metrics
 from safetensors.torch import load_file
 
+import dpo
 import ppo
 from configurator import UserError
 from data import batch_indices
 from hub.files import read_jsonl
-from variants import dpo_losses, grpo, kl_penalty, ppo_max, ptx, rloo, truly_ppo
-
-# Sums of a few float32 numbers of size 1: 20 operations of 6e-8 each.
-EXACT = 2e-6
-
-
-def tiny(*scores, lengths=None, columns=3):
-    """A batch of these scores, as far as a critic-free variant reads it."""
-    rows = len(scores)
-    lengths = torch.tensor(lengths or [columns] * rows)
-    return {
-        "scores": torch.tensor(scores),
-        "mask": torch.arange(columns) < lengths[:, None],
-        "kl": torch.zeros(rows, columns),
-    }
-
-
-# ---------------------------------------------------------------------------- mathematics
-
-
-@pytest.mark.parametrize(
-    "ratio, advantage, surrogate",
-    [(1.3, 1.0, 1.17), (1.1, 1.0, 1.1), (0.7, -1.0, -0.83), (0.9, -1.0, -0.9), (1.5, -1.0, -1.5), (0.5, 1.0, 0.5)],
+from variants import (
+    aot,
+    dpo_losses,
+    dr_grpo,
+    early_stop,
+    grpo,
+    importance,
+    kl_estimators,
+    kl_penalty,
+    online_dpo,
+    ppo_max,
+    ptx,
+    reference_ema,
+    reinforce_pp,
+    rloo,
+    sequence_ratio,
+    tr_dpo,
+    truly_ppo,
 )
-def test_rollback_matches_numbers_by_hand(ratio, advantage, surrogate):
-    """arXiv:1903.07940 with alpha 0.3 and clip 0.2; beyond the bound the slope is -alpha times the advantage."""
-    ratio = torch.tensor(ratio, dtype=torch.float64, requires_grad=True)
-    loss = truly_ppo.rollback_loss(ratio, torch.tensor(advantage), 0.2, 0.3)
-    loss.backward()
-    assert -loss.item() == pytest.approx(surrogate, abs=EXACT)
-    slope = -0.3 if surrogate in (1.17, -0.83) else 1.0
-    assert -ratio.grad.item() == pytest.approx(slope * advantage, abs=EXACT)
-
-
-def test_rollback_without_a_slope_is_ppo():
-    ratios = torch.linspace(0.5, 1.6, 12)
-    for advantage in (2.0, -0.5):
-        advantages = torch.full_like(ratios, advantage)
-        ours = truly_ppo.rollback_loss(ratios, advantages, 0.2, 0.0)
-        plain = ppo.policy_loss(ratios.log(), torch.zeros(12), advantages, 0.2)
-        torch.testing.assert_close(ours, plain)
-
-
-def test_grpo_scores_an_answer_against_its_group():
-    """Scores 1, 2, 5, 8: unbiased deviation 3.162278; a second group of equal scores has nothing to say."""
-    cfg = SimpleNamespace(group_size=4)
-    batch = grpo.advantages(cfg, tiny(1.0, 2.0, 5.0, 8.0, 3.0, 3.0, 3.0, 3.0, lengths=[1, 2, 3, 3] * 2), {})
-    expected = [-0.9487, -0.6325, 0.3162, 1.2649, 0, 0, 0, 0]
-    np.testing.assert_allclose(batch["advantages"][:, 0], expected, atol=1e-4)
-    assert (batch["advantages"] == 0).equal(~batch["mask"] | (torch.arange(8)[:, None] >= 4))
-    # Every answer weighs the same, however long it is.
-    torch.testing.assert_close(batch["weights"].sum(1), torch.ones(8))
-
-
-def test_grpo_adds_k3_to_the_clipped_surrogate():
-    cfg = SimpleNamespace(cliprange=0.2, kl_coef=0.5)
-    micro = {
-        "logprobs": torch.tensor([[-1.0, -2.0, -1.0]]),
-        "ref_logprobs": torch.tensor([[-1.5, -1.0, 300.0]]),  # the last column is behind EOS
-        "advantages": torch.tensor([[2.0, 2.0, 0.0]]),
-        "mask": torch.tensor([[True, True, False]]),
-    }
-    loss = grpo.token_loss(cfg, torch.tensor([[-0.5, -2.0, -1.0]]), micro)
-    log_ratios = np.array([-1.0, 1.0])  # reference to policy
-    k3 = np.exp(log_ratios) - 1 - log_ratios
-    np.testing.assert_allclose(loss[0, :2], [-2 * 1.2, -2] + 0.5 * k3, atol=EXACT)
-    assert loss[0, 2] == 0
-
-
-def test_rloo_takes_the_others_as_the_baseline():
-    """Scores 1, 2, 5, 8; the KL of a whole answer comes off its score first."""
-    cfg = SimpleNamespace(group_size=4, kl_coef=0.5)
-    batch = tiny(1.0, 2.0, 5.0, 8.0)
-    expected = torch.tensor([-4.0, -8 / 3, 4 / 3, 16 / 3])
-    torch.testing.assert_close(rloo.advantages(cfg, batch, {})["advantages"], expected[:, None].expand(4, 3))
-    batch["kl"][3] = 2.0  # 3 nats off the fourth score
-    shifted = rloo.advantages(cfg, batch, {})["advantages"][:, 0]
-    torch.testing.assert_close(shifted, torch.tensor([-3.0, -5 / 3, 7 / 3, 7 / 3]))
-
-
-def test_rloo_clips_the_ratio_of_the_whole_answer():
-    """Log-ratios 0.1, -0.2 and 0.4: their sum is 0.3, above the clip; what stands behind EOS does not count."""
-    micro = {
-        "logprobs": torch.zeros(1, 4),
-        "mask": torch.tensor([[True, True, True, False]]),
-        "advantages": torch.tensor([[1.0, 1.0, 1.0, 0.0]]),
-    }
-    new_logprobs = torch.tensor([[0.1, -0.2, 0.4, 9.0]])
-    wide, narrow = (rloo.token_loss(SimpleNamespace(cliprange=c), new_logprobs, micro) for c in (0.5, 0.2))
-    torch.testing.assert_close(wide, torch.tensor([[-1.349859, -1.349859, -1.349859, 0.0]]))
-    torch.testing.assert_close(narrow, torch.tensor([[-1.2, -1.2, -1.2, 0.0]]))
-
-
-def test_kl_penalty_estimates_the_kl_from_old_to_new():
-    """Over all tokens, weighed as the old policy draws them, loss and gradient are the exact ones."""
-    old = torch.tensor([0.5, -0.2, 0.1], dtype=torch.float64).log_softmax(0)
-    theta = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64, requires_grad=True)
-    rewards = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    micro = {"logprobs": old[None], "advantages": rewards[None], "beta": torch.tensor([3.0], dtype=torch.float64)}
-    loss = kl_penalty.token_loss(None, theta.log_softmax(0)[None], micro)[0]
-    (gradient,) = torch.autograd.grad((old.exp() * loss).sum(), theta)
-
-    new = theta.log_softmax(0)
-    exact = -(new.exp() * rewards).sum() + 3 * (old.exp() * (old - new)).sum()
-    (exact_gradient,) = torch.autograd.grad(exact, theta)
-    assert (old.exp() * loss).sum().item() == pytest.approx(exact.item(), abs=1e-12)
-    np.testing.assert_allclose(gradient, exact_gradient, atol=1e-12)
-
-
-def test_kl_penalty_follows_the_kl_of_the_last_update():
-    """arXiv:1707.06347 section 4: halved below the target / 1.5, doubled above 1.5 times it."""
-    cases = {0.0066: 0.5, 0.0067: 1.0, 0.0149: 1.0, 0.0151: 2.0}
-    for kl, beta in cases.items():
-        assert kl_penalty.adapt(1.0, kl, 0.01) == beta
-
-
-@pytest.mark.parametrize("loss_type, value", [("robust", 0.602207), ("ipo_norm", 23.04), ("apo_zero", 0.962523)])
-def test_dpo_family_matches_numbers_by_hand(loss_type, value):
-    """Log-ratios 1 and -0.5, beta 0.1; label smoothing 0.1 for robust, 10 and 5 tokens for ipo_norm."""
-    smoothing = 0.1 if loss_type == "robust" else 0.0
-    cfg = SimpleNamespace(beta=0.1, loss_type=loss_type, label_smoothing=smoothing)
-    logprobs = torch.tensor([[-4.0, -7.0]])
-    losses, rewards = dpo_losses.pair_loss(cfg, logprobs, torch.tensor([[-5.0, -6.5]]), torch.tensor([[10, 5]]))
-    assert losses.item() == pytest.approx(value, abs=1e-5)
-    torch.testing.assert_close(rewards, torch.tensor([[0.1, -0.05]]))
-
 
 # ---------------------------------------------------------------------------- the doors
 
@@ -277,9 +170,22 @@ def test_state_is_kept_in_the_checkpoint(pipeline):
 GROUPS = dict(group_size=4)
 RUNS = {
     "grpo": (grpo, GROUPS),
+    "dr_grpo": (dr_grpo, GROUPS),
+    "gspo": (sequence_ratio, GROUPS),
+    "clip_higher": (sequence_ratio, dict(ratio_of="token", clip_low=0.2, clip_high=0.28, **GROUPS)),
     "rloo": (rloo, GROUPS),
+    "reinforce_pp": (reinforce_pp, {}),
+    "online_dpo": (online_dpo, dict(n_epochs=1, n_minibatches=1)),
     "truly_ppo": (truly_ppo, {}),
+    "trust_region": (truly_ppo, dict(form="trust_region")),
+    "trust_region_rollback": (truly_ppo, dict(form="trust_region_rollback", alpha=0.05, delta=0.03)),
+    "truly": (truly_ppo, dict(form="truly", delta=0.03)),
     "kl_penalty": (kl_penalty, {}),
+    "k3_in_reward": (kl_estimators, dict(kl_estimator="k3")),
+    "k2_in_loss": (kl_estimators, dict(kl_estimator="k2", kl_in="loss")),
+    "early_stop": (early_stop, dict(target_kl=0.1)),
+    "reference_ema": (reference_ema, dict(ema=0.1)),
+    "importance": (importance, {}),
     "ptx": (ptx, dict(ptx_coef=0.1)),
     "ppo_max": (ppo_max, dict(reward_norm="normalize", reward_clip=0.8, ptx_coef=0.1)),
 }
@@ -307,7 +213,145 @@ def test_variant_does_not_depend_on_the_micro_batch(pipeline, name):
             np.testing.assert_allclose(one[key], other[key], rtol=1e-5, atol=1e-5, err_msg=key)
 
 
-@pytest.mark.parametrize("module", [grpo, rloo])
+@pytest.mark.parametrize("module", [grpo, rloo, dr_grpo, sequence_ratio])
 def test_an_answer_alone_has_no_group(pipeline, module):
     with pytest.raises(UserError, match="group_size 1: an answer alone"):
         run(pipeline, "alone", module, group_size=1)
+
+
+def test_early_stop_leaves_out_the_later_steps(pipeline):
+    """With a bound that any step breaks, four epochs move the policy as one does; the critic goes on."""
+    options = dict(lr=1e-3, episodes=8, n_minibatches=1)
+    one, _ = run(pipeline, "one_epoch", n_epochs=1, **options)
+    stopped, rows = run(pipeline, "stopped_early", early_stop, target_kl=1e-9, n_epochs=4, **options)
+    free, _ = run(pipeline, "stopped_late", early_stop, target_kl=1e9, n_epochs=4, **options)
+    assert rows[0]["policy/old_new_kl"] > 1.5e-9
+    assert all(torch.equal(policy_of(one)[name], weight) for name, weight in policy_of(stopped).items())
+    assert any(not torch.equal(policy_of(free)[name], weight) for name, weight in policy_of(stopped).items())
+
+
+def test_early_stop_looks_at_the_mean_log_ratio(pipeline):
+    """Before the first step of an update it is exactly 0; then it is about half the mean squared log-ratio."""
+    _, rows = run(pipeline, "stop_metric", early_stop, target_kl=1e9, n_epochs=2, n_minibatches=1, lr=1e-3)
+    _, first = run(pipeline, "stop_metric_first", early_stop, target_kl=1e9, n_epochs=1, n_minibatches=1, lr=1e-3)
+    assert first[0]["policy/old_new_kl"] == pytest.approx(0, abs=1e-6)
+    # approxkl is the mean over both steps, of which the first has none
+    assert rows[0]["policy/old_new_kl"] == pytest.approx(2 * rows[0]["policy/approxkl_avg"], rel=0.5)
+
+
+def go_on_from_the_third(cfg, main):
+    """Forget what came after the third update, and run again; the rows must come out to the byte."""
+    directory = Path(cfg.out_dir)
+    before = (directory / "metrics.jsonl").read_bytes()
+    for path in (directory / "final", directory / "checkpoints" / "step_4"):
+        path.rename(f"{path}_moved_away")
+    main(cfg)
+    assert (directory / "metrics.jsonl").read_bytes() == before
+
+
+RESUMED = dict(save_every=1, keep_checkpoints=9, lr=1e-3)
+
+
+def test_a_reference_that_follows_is_in_the_checkpoint(pipeline):
+    """With a share of 1 the next batch's KL is 0; with less the KL is in between; a resumed run goes on with it."""
+    _, still = run(pipeline, "ema_0", reference_ema, ema=0.0, lr=1e-3)
+    _, follows = run(pipeline, "ema_1", reference_ema, ema=1.0, lr=1e-3)
+    _, third = run(pipeline, "ema_every_third", reference_ema, ema=1.0, sync_every=3, episodes=32, lr=1e-3)
+    assert still[1]["objective/kl"] != 0.0 and follows[1]["objective/kl"] == 0.0
+    assert [row["objective/kl"] == 0.0 for row in third] == [True, False, False, True]
+    cfg, _ = run(pipeline, "ema_resumed", reference_ema, ema=0.3, episodes=32, **RESUMED)
+    names = set()
+    for path in Path(cfg.out_dir).glob("checkpoints/step_3/*.safetensors"):
+        names.update(load_file(path))
+    assert "reference.embed_out.weight" in names and "exp_avg.reference.embed_out.weight" not in names
+    go_on_from_the_third(cfg, reference_ema.main)
+
+
+def dpo_run(pipeline, name, module, **options):
+    cfg = pipeline.config(module, f"variant_{name}", eval_split="", **{"batch_size": 8, "episodes": 32, **options})
+    module.main(cfg)
+    return cfg, metrics(cfg)
+
+
+def test_tr_dpo_begins_anew_after_each_move(pipeline):
+    """With a share of 1, every second update: there the log-ratios are 0 and the loss is log 2."""
+    cfg, rows = dpo_run(pipeline, "tr_dpo", tr_dpo, ema=1.0, sync_every=2, **RESUMED)
+    # float32 log-probabilities of some 20 tokens, off by 1e-5 nats in sum where micro-batches differ, times beta
+    assert [abs(row["loss/dpo"] - np.log(2)) < 1e-6 for row in rows] == [True, False, True, False]
+    go_on_from_the_third(cfg, tr_dpo.main)
+
+
+def test_tr_dpo_that_stays_is_dpo(pipeline):
+    _, plain = dpo_run(pipeline, "dpo_plain", dpo, lr=1e-3)
+    _, still = dpo_run(pipeline, "tr_dpo_still", tr_dpo, sync_every=100, lr=1e-3)
+    for one, other in zip(plain, still, strict=True):
+        assert one.keys() == other.keys()
+        for key in one:
+            np.testing.assert_allclose(one[key], other[key], rtol=1e-5, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired"])
+def test_aot_does_not_depend_on_the_micro_batch(pipeline, loss_type):
+    options = dict(loss_type=loss_type, lr=1e-3, beta=1.0)
+    runs = [dpo_run(pipeline, f"{loss_type}_micro{n}", aot, micro_batch_size=n, **options)[1] for n in (1, 8)]
+    for one, other in zip(*runs, strict=True):
+        for key in one:
+            np.testing.assert_allclose(one[key], other[key], rtol=1e-5, atol=1e-5, err_msg=key)
+    assert runs[0][0]["loss/dpo"] == pytest.approx(np.log(2), abs=1e-6) or loss_type == "aot"
+    assert runs[0][-1]["rewards/margins"] > runs[0][0]["rewards/margins"]
+
+
+def test_dpo_learns_from_soft_labels(pipeline, tmp_path):
+    """The margin goes to where its sigmoid is the label's probability: log p / (1 - p), and 0 for a coin. A label below
+    a half is that of the pair the other way round."""
+    for target in (0.1, 0.5, 0.6, 0.9):
+        row = {"prompt": "Anna said:", "chosen": " yes", "rejected": " no", "target": target}
+        data = tmp_path / f"soft{target}.jsonl"
+        data.write_text((json.dumps(row) + "\n") * 8)
+        options = dict(loss_type="sigmoid", data=str(data), beta=1.0, lr=1e-3, weight_decay=0.0, episodes=320)
+        _, rows = dpo_run(pipeline, f"soft{target}", dpo_losses, **options)
+        assert rows[0]["loss/dpo"] == pytest.approx(np.log(2), abs=1e-6)
+        likelier = max(target, 1 - target)
+        # 40 steps of Adam come near: to 0.30 of 0.41, and to 2.11 of 2.20.
+        # Adam comes to rest within a few of its last, small steps.
+        assert rows[-1]["rewards/margins"] == pytest.approx(np.log(likelier / (1 - likelier)), rel=0.3, abs=0.02)
+    with pytest.raises(UserError, match="soft labels .target. are for loss_type sigmoid alone"):
+        dpo_run(pipeline, "soft_ipo", dpo_losses, loss_type="ipo", data=str(data))
+
+
+def test_dpo_mixes_losses_and_sft(pipeline):
+    """MPO: what is logged is the weighted sum, and the chosen responses become likelier."""
+    options = dict(loss_type="sigmoid,bco_pair,sft", loss_weights="0.8,0.2,1", lr=1e-3, episodes=64)
+    cfg, rows = dpo_run(pipeline, "mpo", dpo_losses, **options)
+    assert rows[0]["loss/dpo"] == pytest.approx((0.8 + 0.2 * 2) * np.log(2), abs=1e-5)
+    assert json.loads((Path(cfg.out_dir) / "config.json").read_text())["sft_coef"] == 1.0
+    assert 0 <= rows[0]["logps/accuracies"] <= 1
+    _, without = dpo_run(pipeline, "mpo_without", dpo_losses, **{**options, "loss_weights": "0.8,0.2,0"})
+    assert rows[-1]["logps/chosen"] > without[-1]["logps/chosen"]
+
+
+def test_online_dpo_logs_the_loss_of_its_pairs(pipeline):
+    """At first the log-ratios are 0 and the loss is log 2; then it is below."""
+    options = dict(n_epochs=1, n_minibatches=1, beta=1.0, lr=3e-3, episodes=12 * 32, batch_size=32, micro_batch_size=32)
+    _, rows = run(pipeline, "online_dpo_loss", online_dpo, length_score, missing_eos_score=-30.0, **options)
+    assert rows[0]["loss/policy_avg"] == pytest.approx(np.log(2), abs=1e-6)
+    for wrong in (dict(n_epochs=2), dict(n_minibatches=2), dict(group_size=4)):
+        with pytest.raises(UserError, match="steps on a batch|group_size 4"):
+            run(pipeline, "online_dpo_wrong", online_dpo, **{**options, **wrong})
+
+
+def test_importance_changes_nothing_where_both_round_alike(pipeline):
+    """In float32 the weights are 1 up to the generation gap, 1e-6; with log-probs that are shifted they are not."""
+    _, plain = run(pipeline, "importance_plain")
+    _, weighed = run(pipeline, "importance_weighed", importance)
+    for one, other in zip(plain, weighed, strict=True):
+        for key in one:
+            np.testing.assert_allclose(one[key], other[key], rtol=1e-4, atol=1e-4, err_msg=key)
+
+
+def test_kl_in_the_loss_leaves_the_reward_alone(pipeline):
+    _, rows = run(pipeline, "k3_in_loss", kl_estimators, kl_estimator="k3", kl_in="loss", lr=1e-3)
+    assert all(row["objective/non_score_reward"] == 0 and row["objective/kl_coef"] == 0 for row in rows)
+    assert rows[1]["objective/kl"] != 0
+    with pytest.raises(UserError, match="kl_target adapts a penalty in the reward"):
+        run(pipeline, "kl_target_in_loss", kl_estimators, kl_in="loss", kl_target=6.0)

@@ -32,13 +32,21 @@ def advantages(cfg, batch, state):
 
 
 def token_loss(cfg, new_logprobs, micro):
+    return ppo.clipped_surrogate(cfg, new_logprobs, micro) + cfg.kl_coef * reference_kl(new_logprobs, micro)
+
+
+def reference_kl(new_logprobs, micro):
+    """k3 of the KL to the reference, at each token: (B, R). (http://joschu.net/blog/kl-approx.html)"""
     log_ratio = (micro["ref_logprobs"] - new_logprobs) * micro["mask"]
-    kl = torch.expm1(log_ratio) - log_ratio  # k3 (http://joschu.net/blog/kl-approx.html)
-    return ppo.clipped_surrogate(cfg, new_logprobs, micro) + cfg.kl_coef * kl
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def require_group(cfg):
+    require(cfg.group_size > 1, f"group_size {cfg.group_size}: an answer alone has no group; take 2 or more")
 
 
 def main(cfg, score=None):
-    require(cfg.group_size > 1, f"group_size {cfg.group_size}: an answer alone has no group; take 2 or more")
+    require_group(cfg)
     ppo.main(cfg, score, advantages=advantages, token_loss=token_loss, with_critic=False)
 
 

@@ -1,28 +1,45 @@
-"""PPO-RB, the rollback of Truly PPO (arXiv:1903.07940): beyond the clip the loss pulls back.
+"""Truly PPO (arXiv:1903.07940): what keeps the ratio near 1 where PPO's clip only takes the gradient away.
 
     python -m variants.truly_ppo config/toy_ppo.py --out_dir=out/toy/truly_ppo
-    torchrun --nproc_per_node=8 -m variants.truly_ppo config/ppo_1b.py --out_dir=out/truly_ppo_1b
+    python -m variants.truly_ppo config/toy_ppo.py --form=trust_region --delta=0.025 --out_dir=out/toy/tr_ppo
+    torchrun --nproc_per_node=8 -m variants.truly_ppo config/ppo_1b.py --form=truly --delta=0.03 --out_dir=out/truly_1b
 
-PPO's clip only takes the gradient away; steps of other tokens go on pushing a ratio outwards. Here its surrogate falls
-again, with slope -alpha. The outer minimum stays: without it training collapses.
+Steps of other tokens go on pushing a ratio outwards that the clip has let go. The forms, by what they look at:
+
+    rollback               the ratio beyond the clip: the surrogate falls again, with slope -alpha (PPO-RB)
+    trust_region           KL(old || new) at least delta: no gradient (TR-PPO)
+    trust_region_rollback  the same, and the slope is -alpha (TR-PPO-RB; delta 0.03, alpha 0.05)
+    truly                  the same, and kl_slope times the KL comes off the surrogate (the authors' code; delta 0.03)
+
+Only a token whose surrogate has grown is touched. Without that condition, in PPO the outer minimum, training collapses.
+
+differs: the KL at a token is estimated from the token that was drawn, by k3; the paper has it over all actions.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 import ppo
-from configurator import configure
+from configurator import Positive, configure
 
 
 @dataclass
 class Config(ppo.Config):
-    alpha: float = 0.3  # slope of the rollback; 0: PPO's clip
+    form: Literal["rollback", "trust_region", "trust_region_rollback", "truly"] = "rollback"
+    alpha: float = 0.3  # slope of a rollback; 0 in `rollback`: PPO's clip
+    delta: Positive = 0.025  # KL(old || new) of a token, in nats, from which a trust region ends
+    kl_slope: float = 5.0  # what a nat beyond it costs, in `truly`
 
 
 def token_loss(cfg, new_logprobs, micro):
-    ratio = torch.exp(new_logprobs - micro["logprobs"])
-    return rollback_loss(ratio, micro["advantages"], cfg.cliprange, cfg.alpha)
+    log_ratio = new_logprobs - micro["logprobs"]
+    ratio = torch.exp(log_ratio)
+    if cfg.form == "rollback":
+        return rollback_loss(ratio, micro["advantages"], cfg.cliprange, cfg.alpha)
+    kl = torch.expm1(log_ratio) - log_ratio
+    return trust_region_loss(cfg, ratio, kl, micro["advantages"])
 
 
 def rollback_loss(ratio, advantages, cliprange, alpha):
@@ -33,6 +50,20 @@ def rollback_loss(ratio, advantages, cliprange, alpha):
     turned = (1 + alpha) * bound - alpha * ratio
     rolled = torch.where(is_beyond, turned, ratio)
     return -torch.minimum(ratio * advantages, rolled * advantages)
+
+
+def trust_region_loss(cfg, ratio, kl, advantages):
+    """-ratio A, and something else where the KL has reached delta and the surrogate has grown: (B, R)."""
+    surrogate = ratio * advantages
+    held = surrogate.detach()
+    if cfg.form == "trust_region":
+        turned = held
+    elif cfg.form == "trust_region_rollback":
+        turned = (1 + cfg.alpha) * held - cfg.alpha * surrogate
+    else:
+        turned = surrogate - cfg.kl_slope * kl
+    is_outside = (kl >= cfg.delta) & (surrogate > advantages)
+    return -torch.where(is_outside, turned, surrogate)
 
 
 def main(cfg, score=None):
