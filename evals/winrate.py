@@ -14,16 +14,19 @@ A judge is one of
 
 Samples are files that sample.py has written: one, whose responses meet its references, or two for the same split, the
 first meeting the second. Or one file of comparisons (`info, summaries, choice`): there the summary by `ref` is the
-reference, and the other is the response; rows without exactly one `ref` are left out.
+reference, and the other is the response; rows without exactly one `ref` are left out, and so are those with a choice
+of null: nobody could compare their summaries.
 
 Prints win, tie and lose, the win rate (a tie counts half) with its 95 % bootstrap interval, the same by length of
-the response relative to the other (in words; in letters where a script has no blanks), and for several judges how
-often two of them agree. With out_dir: winrate.json, verdicts.jsonl (a row per pair) and, for endpoints,
-replies.sqlite, from which a stopped run goes on. An endpoint of which no reply has a clear verdict is an error.
+the response relative to the other (in words; in letters where a script has no blanks), the win rate at equal length,
+and for several judges how often two of them agree. With out_dir: winrate.json, verdicts.jsonl (a row per pair) and,
+for endpoints, replies.sqlite, from which a stopped run goes on. An endpoint of which no reply has a clear verdict is
+an error.
 """
 
 import importlib
 import itertools
+import os
 import types
 from dataclasses import dataclass
 
@@ -36,7 +39,7 @@ from evals.samples import measure
 from evals.scores import by_models
 from evals.tables import count_words
 from hub.files import read_jsonl, split_names, write_json, write_jsonl
-from hub.rows import text_of
+from hub.rows import is_incomparable, text_of
 from hub.tokenizer import Tokenizer
 from runtime import RunConfig, World, open_directory, stage
 
@@ -65,6 +68,9 @@ def main(cfg):
         world.print("", judge)
         for group, row in tables[judge].items():
             world.print(line(group, row))
+        name = f"{judge}, length-controlled"
+        tables[name] = length_controlled(pairs, verdicts[judge], cfg.seed)
+        world.print(line("length-controlled", tables[name]))
     for first, second in itertools.combinations(verdicts, 2):
         name = f"agreement of {first} and {second}"
         tables[name] = agreement(verdicts[first], verdicts[second], cfg.seed)
@@ -132,12 +138,19 @@ def read_comparisons(path, rows):
     for number, row in enumerate(rows, 1):
         with explain(f"samples {path}: row {number}", UserError, LookupError, TypeError, AttributeError):
             pairs += compared(row)
-    require(pairs, f"samples {path}: no row has exactly one summary by 'ref'; there is nothing to compare")
+    n_null = sum(map(is_incomparable, rows))
+    found = f"{n_null} of {len(rows)} rows have choice null"
+    if n_null and os.environ.get("RANK", "0") == "0":
+        print(f"samples {path}: {found}: left out", flush=True)
+    nothing = f"no row has exactly one summary by 'ref' ({found}); there is nothing to compare"
+    require(pairs, f"samples {path}: {nothing}")
     return pairs
 
 
 def compared(row):
-    """A row of comparisons as a list of one pair, or of none if not exactly one of its summaries is by `ref`."""
+    """A row of comparisons as a list of one pair; of none if nobody could compare its summaries, or if not exactly one
+    of them is by `ref`.
+    """
     summaries = row["summaries"]
     info = row["info"]
     choice = row.get("choice")
@@ -145,7 +158,7 @@ def compared(row):
     require(right, f"{len(summaries)} summaries, choice {choice!r}; mend it")
     texts = [text_of(summary, "text") for summary in summaries]
     by_ref = [summary.get("policy") == "ref" for summary in summaries]
-    if by_ref[0] == by_ref[1]:
+    if by_ref[0] == by_ref[1] or is_incomparable(row):
         return []
     ref = by_ref.index(True)
     # A tokenizer that leaves the text as it is, and no limit, give the query's text.
@@ -180,12 +193,17 @@ def judge_pairs(cfg, world, judge, pairs):
         others = reward_scores(cfg, world, judge, pairs, "other")
     else:
         ours, others = module_scores(judge, pairs)
+    return verdicts_of(pairs, ours, others), None
+
+
+def verdicts_of(pairs, ours, others):
+    """Whose score is higher in each pair, that of its response or that of the other: 1.0, 0.5 or 0.0."""
     verdicts = []
     for pair, score, other in zip(pairs, ours, others):
         # Equal texts tie, whatever rounding does to them in different micro-batches.
         tie = score == other or pair["response"] == pair["other"]
         verdicts.append(0.5 if tie else float(score > other))
-    return verdicts, None
+    return verdicts
 
 
 def reward_scores(cfg, world, source, pairs, side):
@@ -259,6 +277,68 @@ def win_table(pairs, verdicts, seed=0):
     for group in sorted(groups):
         table[f"length x {group:.2g}"] = win_rate(groups[group], seed)
     return table
+
+
+def length_controlled(pairs, verdicts, seed=0, resamples=1000):
+    """The win rate where both responses of a pair have equally many words, with its 95 % bootstrap interval.
+
+    By a logistic regression of the verdicts on tanh(difference in words / its standard deviation), as in
+    arXiv:2404.04475. differs: no term for how hard a prompt is, which takes the samples of many models.
+    There is no rate where no verdict is given, or where all differences are the same.
+    """
+    given = []
+    for pair, verdict in zip(pairs, verdicts):
+        if verdict is not None:
+            difference = count_words(pair["response"]) - count_words(pair["other"])
+            given.append((difference, verdict))
+    n = len(given)
+    differences = [difference for difference, _ in given]
+    if len(set(differences)) < 2:
+        return {"n": n}
+
+    # Pairs of the same difference and verdict are one case, which counts as often as it is drawn.
+    cases, counts = np.unique(given, axis=0, return_counts=True)
+    x = np.tanh(cases[:, 0] / np.std(differences))
+    outcomes = cases[:, 1]
+    rates = []
+    for drawn in np.random.default_rng(seed).multinomial(n, counts / n, size=resamples):
+        rates.append(sigmoid(fit_logistic(x, outcomes, drawn)[0]))
+    low, high = np.quantile(rates, (0.025, 0.975))
+    rate = sigmoid(fit_logistic(x, outcomes, counts)[0])
+    return {"n": n, "rate": float(rate), "low": float(low), "high": float(high)}
+
+
+def fit_logistic(x, outcomes, counts):
+    """Intercept and slope (2,) of the logistic regression of `outcomes` (n,), from 0 to 1, on `x` (n,): those of the
+    highest likelihood, by Newton's method. counts (n,): how often each case was seen.
+    """
+    design = np.stack([np.ones_like(x), x])  # (2, n)
+    # Where x parts all wins from all losses the best slope is infinite. This keeps it finite, and is too small to be
+    # seen elsewhere.
+    ridge = 1e-4
+
+    def loss(coefficients):
+        logits = coefficients @ design
+        likelihood = counts @ (outcomes * logits - np.logaddexp(0, logits))
+        return ridge / 2 * coefficients @ coefficients - likelihood
+
+    found = np.zeros(2)
+    for _ in range(100):
+        p = sigmoid(found @ design)
+        gradient = design @ (counts * (outcomes - p)) - ridge * found
+        curvature = (design * counts * p * (1 - p)) @ design.T + ridge * np.eye(2)
+        step = np.linalg.solve(curvature, gradient)
+        # Far from the best a whole step can lead further away.
+        while loss(found + step) > loss(found):
+            step /= 2
+        found += step
+        if abs(step).max() < 1e-6:
+            break
+    return found
+
+
+def sigmoid(x):
+    return (1 + np.tanh(x / 2)) / 2  # exp(-x) may be too large for a float
 
 
 def agreement(first, second, seed=0):

@@ -46,6 +46,12 @@ def from_comparison(row):
     return row["info"], [chosen, rejected]
 
 
+def is_incomparable(row):
+    """Whether a row is a judged pair with a choice of null: nobody could say which summary is the better one."""
+    is_pair = None not in (row.get("info"), row.get("summaries"))
+    return is_pair and row.get("choice", 0) is None
+
+
 def from_pair(row):
     """{[prompt], chosen, rejected}"""
     prompt = row.get("prompt")

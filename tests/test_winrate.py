@@ -141,6 +141,20 @@ def test_win_rates_are_printed(pipeline, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
 
 
+def test_pairs_with_a_choice_of_null_are_left_out_and_counted(pipeline, tmp_path, capsys):
+    """Whoever judges: nobody could compare them. Without the column nobody has, and a judge may."""
+    rows = [row for row in read_rows(pipeline.data / "comparisons_train.jsonl")
+            if any(summary["policy"] == "ref" for summary in row["summaries"])][:6]  # fmt: skip
+    gaps = [{**row, "choice": None} if number in (0, 3) else row for number, row in enumerate(rows)]
+    path = write_rows(tmp_path / "gaps.jsonl", gaps)
+    expected = judged(tmp_path / "a", "choice,toy.gold", write_rows(tmp_path / "x.jsonl", rows[1:3] + rows[4:]))
+    assert "null" not in capsys.readouterr().out
+    assert judged(tmp_path / "b", "choice,toy.gold", path) == expected
+    assert f"samples {path}: 2 of 6 rows have choice null: left out\n" in capsys.readouterr().out
+    unlabelled = write_rows(tmp_path / "y.jsonl", [without(row, "choice") for row in rows])
+    assert judged(tmp_path / "c", "toy.gold", unlabelled)[0]["toy.gold"]["all"]["n"] == 6
+
+
 # ---------------------------------------------------------------------------- intervals
 
 
@@ -240,7 +254,8 @@ def test_two_files_meet_each_other(samples, tmp_path):
 def test_a_file_ties_with_itself(samples, tmp_path):
     tables, _ = judged(tmp_path, "toy.gold", f"{samples[0]},{samples[0]}")
     whole = dict(n=60, win=0, tie=60, lose=0, none=0, rate=0.5, low=0.5, high=0.5)
-    assert tables == {"toy.gold": {"all": whole, "length x 1": whole}}
+    # One length alone does not say how it goes at others.
+    assert tables == {"toy.gold": {"all": whole, "length x 1": whole}, "toy.gold, length-controlled": {"n": 60}}
 
 
 def test_names_of_files_and_judges_may_hold_commas(pipeline, samples, tmp_path):
@@ -257,7 +272,7 @@ def test_names_of_files_and_judges_may_hold_commas(pipeline, samples, tmp_path):
     assert tables == {name.replace(str(pipeline.rm), str(judge)): row for name, row in expected.items()}
     assert [list(row["verdicts"].values()) for row in found] == [list(row["verdicts"].values()) for row in rows]
     alone, _ = judged(tmp_path / "alone", str(judge), paths[0])
-    assert list(alone) == [str(judge)]
+    assert list(alone) == [str(judge), f"{judge}, length-controlled"]
 
 
 def test_agreement_matches_a_count_by_hand(pipeline, module, tmp_path):
@@ -271,7 +286,7 @@ def test_agreement_matches_a_count_by_hand(pipeline, module, tmp_path):
         assert agreed["rate"] == pytest.approx(sum(same) / len(rows))
         assert 0 < agreed["rate"] < 1
         assert agreed["low"] < agreed["rate"] < agreed["high"]
-    assert list(tables) == judges
+    assert [name for name in tables if not name.endswith(", length-controlled")] == judges
     assert [row["verdicts"]["toy.gold"] for row in rows] == by_gold(rows, [row["other"] for row in rows])
 
 
@@ -937,6 +952,7 @@ CASES = {
     "comparisons without a reference": ("choice", [[PAIR | dict(summaries=[OTHER, OTHER])]],
                                         "DIR/0.jsonl: .*'ref'"),
     "comparisons without a choice": ("choice", [[PAIR, without(PAIR, "choice")]], "judge choice: not all rows"),
+    "no pair that can be compared": ("toy.gold", [[PAIR | dict(choice=None)] * 2], "DIR/0.jsonl: .*2 of 2 rows.*null"),
     "choice of 7": ("choice", [[PAIR, PAIR | dict(choice=7)]], "DIR/0.jsonl: row 2.*choice"),
     "comparisons without a post": ("choice", [[PAIR, without(PAIR, "info")]], "DIR/0.jsonl: row 2"),
     "samples among comparisons": ("choice", [[PAIR, ROW]], "DIR/0.jsonl: row 2"),
