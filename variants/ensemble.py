@@ -1,0 +1,95 @@
+"""PPO that is wary of its reward models: an ensemble's min, or mean minus lambda * variance (arXiv:2310.02743).
+
+    python -m variants.ensemble config/toy_ppo.py --reward_model=a,b,c --combine=min --out_dir=out/toy/ppo_min
+    torchrun --nproc_per_node=8 -m variants.ensemble config/ppo_1b.py --reward_model=a,b,c --combine=uncertainty
+
+Each member learns from rows drawn with replacement (`bootstrap`, arXiv:1706.03741 section 2.2.3); where members
+disagree, the rows have told them little. Normalise them one by one (rm.py --normalize_std), or the one with the widest
+scale decides alone. variants/online_rlhf.py trains such an ensemble, and lets it choose what is labelled.
+
+differs: with min and uncertainty the texts of query and response are encoded again before they are scored.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+
+import ppo
+from configurator import configure, require
+from data import pick
+from evals.scores import by_models
+from evals.winrate import reward_scores
+from hub.files import split_names
+from hub.table import encode_response
+from hub.tokenizer import Tokenizer
+from runtime import World, stage
+from variants.labellers import for_judges, texts_of
+
+
+@dataclass
+class Config(ppo.Config):
+    combine: Literal["mean", "min", "uncertainty"] = "mean"  # of the reward models; uncertainty: mean - lambda variance
+    variance_coef: float = 0.1  # lambda
+
+
+def bootstrap(rows, *key):
+    """As many rows, drawn with replacement: a pure function of `key`, for example (seed, member)."""
+    indices = np.random.default_rng(key).integers(len(rows), size=len(rows))
+    return pick(rows, indices)
+
+
+def disagreement(margins):
+    """Margins (members, pairs), first response minus second -> their standard deviation over the members (pairs,)."""
+    return np.std(margins, axis=0, ddof=1)
+
+
+def margins_of(cfg, world, members, rows):
+    """Each member's margins (members, pairs) of the pairs in rows as of variants/pairs.py."""
+    pairs = for_judges(*texts_of(rows))
+    margins = []
+    for member in members:
+        firsts = reward_scores(cfg, world, member, pairs, "response")
+        seconds = reward_scores(cfg, world, member, pairs, "other")
+        margins.append(np.subtract(firsts, seconds))
+    return np.array(margins)
+
+
+def combined(rewards, how, variance_coef):
+    """Rewards (members, B) -> (B,). The variance is the unbiased one."""
+    if how == "min":
+        return rewards.min(0).values
+    mean = rewards.mean(0)
+    if how == "mean":
+        return mean
+    return mean - variance_coef * rewards.var(0)
+
+
+def score_of(cfg):
+    """The `score` for ppo.main; None for the mean, which ppo.py takes itself."""
+    sources = split_names(cfg.reward_model)
+    if cfg.combine == "mean":
+        return None
+    require(len(sources) > 1, f"combine {cfg.combine!r} needs several reward models; give --reward_model=a,b,c")
+    world = World(cfg)  # ppo.main joins the same processes
+    tokenizer = Tokenizer.load(cfg.model)
+    members = [by_models(cfg, world, tokenizer, source) for source in sources]
+
+    def score(queries, responses):
+        query_ids = list(map(tokenizer.encode, queries))
+        response_ids = [encode_response(text, tokenizer) for text in responses]
+        rewards = [member(query_ids, response_ids) for member in members]
+        return combined(torch.stack(rewards), cfg.combine, cfg.variance_coef).tolist()
+
+    return score
+
+
+@stage
+def main(cfg):
+    critic = cfg.critic or split_names(cfg.reward_model)[0]
+    ppo.main(replace(cfg, critic=critic), score_of(cfg))
+
+
+if __name__ == "__main__":
+    main(configure(Config))
