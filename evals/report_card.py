@@ -169,13 +169,10 @@ def probe_table(cfg, tokenizer, rows, rewards, score):
     for number, (name, probe) in enumerate(PROBES.items()):
         places = []
         responses = []
-        for place, text in enumerate(texts):
-            rng = np.random.default_rng((cfg.seed, number, place))
-            other_post = posts[(place + 1) % len(posts)]
-            spoiled = spoil(probe, text, rng, [posts[place], other_post])
+        for place, spoiled in enumerate(spoil_all(probe, texts, posts, cfg.seed, number)):
             ids = tokenizer.encode(spoiled) + [tokenizer.eos_id]
             is_short = len(queries[place]) + len(ids) <= limit
-            if spoiled != text and is_short:
+            if spoiled != texts[place] and is_short:
                 places.append(place)
                 responses.append(ids)
 
@@ -190,17 +187,22 @@ def probe_table(cfg, tokenizer, rows, rewards, score):
     return table
 
 
-def spoil(probe, text, rng, posts):
-    """The spoiled text, with the blanks that stand before the text; the text as it is where there is nothing to spoil.
+def spoil_all(probe, texts, posts, *key):
+    """Texts (n,), spoiled; a text is as it was where there is nothing to spoil. key: numbers that decide what is drawn.
 
-    A response brings the blank that follows its query.
+    A response brings the blanks that follow its query: they stay.
     """
-    body = text.strip()
-    spoiled = probe(body, rng, posts) if body else None
-    if spoiled is None or spoiled == body:
-        return text
-    before = text[: text.index(body)]
-    return before + spoiled
+    found = []
+    for place, text in enumerate(texts):
+        body = text.strip()
+        rng = np.random.default_rng((*key, place))
+        other_post = posts[(place + 1) % len(posts)]
+        spoiled = probe(body, rng, [posts[place], other_post]) if body else None
+        if spoiled is None or spoiled == body:
+            found.append(text)
+        else:
+            found.append(text[: text.index(body)] + spoiled)
+    return found
 
 
 # ---------------------------------------------------------------------------- pairs

@@ -15,7 +15,7 @@ import runtime
 from configurator import UserError
 from data import Tokenizer
 from evals import report_card
-from evals.report_card import PROBES, spoil
+from evals.report_card import PROBES, spoil_all
 from evals.tables import count_words
 from evals.winrate import fit_logistic, length_controlled
 from model import GPTNeoXConfig, ScalarModel
@@ -90,11 +90,23 @@ def test_filler_is_one_of_a_few_sentences():
     assert found == {f"he ran. {sentence}" for sentence in report_card.FILLERS} and len(found) == 3
 
 
-def test_a_spoiled_text_follows_its_query_as_the_text_did():
-    assert spoil(PROBES["repetition"], " he ran.\n", rng(), ()) == " he ran. he ran."
-    assert spoil(PROBES["repetition"], "\n\nhe ran", rng(), ()) == "\n\nhe ran he ran"
-    for text in (" a a", " ran", "", "  "):  # nothing to shuffle
-        assert spoil(PROBES["shuffled sentences"], text, rng(), ()) == text
+def test_spoiled_texts_follow_their_queries_as_the_texts_did():
+    texts = [" he ran.\n", "\n\nhe ran", "", "  "]
+    twice = [" he ran. he ran.", "\n\nhe ran he ran", "", "  "]
+    assert spoil_all(PROBES["repetition"], texts, [""] * 4, 1) == twice
+    assert spoil_all(PROBES["shuffled sentences"], [" a a", " ran"], ["", ""], 1) == [" a a", " ran"]
+
+
+def test_each_text_has_draws_of_its_own():
+    texts = ["a b c d e f g"] * 9
+    first, again, other = (spoil_all(PROBES["shuffled sentences"], texts, [""] * 9, seed, 0) for seed in (1, 1, 2))
+    assert first == again != other and len(set(first)) > 6
+    assert first[:4] == spoil_all(PROBES["shuffled sentences"], texts[:4], [""] * 4, 1, 0)
+
+
+def test_names_of_another_post_are_those_of_the_next_row():
+    texts = ["it was Carla", "it was Dora"]
+    assert spoil_all(PROBES["swapped names"], texts, ["it is Carla", "it is Dora"], 1) == texts[::-1]
 
 
 # ---------------------------------------------------------------------------- the win rate at equal length
