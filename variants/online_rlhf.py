@@ -1,7 +1,7 @@
 """Iterated online RLHF: rounds of samples, labels, reward models and PPO (arXiv:2204.05862 section 4.5).
 
-    python -m variants.online_rlhf config/toy_ppo.py --rm_options=config/toy_rm.py --labeller=toy.gold
-    torchrun --nproc_per_node=8 -m variants.online_rlhf config/ppo_1b.py --labeller=people --out_dir=out/online_1b
+    python -m variants.online_rlhf config/toy_ppo.py --rm_options=config/toy_rm.py --out_dir=out/toy/online
+    torchrun --nproc_per_node=8 -m variants.online_rlhf config/ppo_1b.py --members=3 --choose=disagreement
 
 A reward model knows the kind of responses that were labelled for it, and PPO leaves them behind. So each round labels
 pairs of responses of the last round's policy, trains reward models on the rows of all rounds so far, and takes PPO from
@@ -11,9 +11,9 @@ the SFT model to these:
     out_dir/round_N/rm_K.jsonl      what reward model K learns from: all rounds' rows; of an ensemble each a bootstrap
     out_dir/round_N/rm_K, ppo       runs of rm.py, from the SFT model, and of ppo.py
 
-Labels come from a judge, by the toy's gold with the toy's noise (variants/labellers.py), or from people: then the run
-stops, they fill in pairs.jsonl, and the same command goes on. So it does after any other stop: a step is complete, or
-not there. Several reward models are an ensemble (variants/ensemble.py), which also chooses what is to be labelled.
+Labels come from people: the run stops, they fill in pairs.jsonl, and the same command goes on. So it does after any
+other stop: a step is complete, or not there. Or from a judge; --labeller=toy.gold labels as the toy's people do, who
+err (variants/labellers.py). Several reward models are an ensemble (variants/ensemble.py), which also chooses what is to be labelled.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from variants import ensemble, labellers, pairs
 
 @dataclass
 class Config(ensemble.Config):
-    """Fields of ppo.py are those of each round's PPO, but for its reward_model, which comes from the round."""
+    """Fields of ppo.py are for each round's PPO, but for reward_model and critic, which come from the round."""
 
     # ---- rounds
     rounds: Count = 4  # with more of them the same command goes on
