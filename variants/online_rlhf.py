@@ -12,8 +12,9 @@ the SFT model to these:
     out_dir/round_N/rm_K, ppo       runs of rm.py, from the SFT model, and of ppo.py
 
 Labels come from people: the run stops, they fill in pairs.jsonl, and the same command goes on. So it does after any
-other stop: a step is complete, or not there. Or from a judge; --labeller=toy.gold labels as the toy's people do, who
-err (variants/labellers.py). Several reward models are an ensemble (variants/ensemble.py), which also chooses what is to be labelled.
+other stop: a step is complete, or not there. Or they come from a judge; --labeller=toy.gold stands for the toy's
+people, who err (variants/labellers.py). Several reward models are an ensemble, which may also choose what is to be
+labelled (variants/ensemble.py).
 """
 
 import contextlib
