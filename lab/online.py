@@ -11,6 +11,7 @@ share it.
 
 import contextlib
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -32,17 +33,17 @@ OUT = ROOT / "out" / "online"
 LABELS = 400  # in all rounds together
 BATCH = 64  # episodes of an update of PPO, in 4 minibatches, one epoch
 UPDATES = 20  # of PPO
-RM = "config/toy_rm.py --batch_size=16 --micro_batch_size=16 --episodes=800 --warmup_steps=5"
+RM = "config/toy_rm.py --batch_size=16 --micro_batch_size=16 --episodes=640 --warmup_steps=5"
 PPO = ["config/toy_ppo.py", f"--episodes={UPDATES * BATCH}", "--n_minibatches=4", "--n_epochs=1", "--members=3"]
 PPO += ["--micro_batch_size=16", "--labeller=toy.gold", "--device=cpu", "--accept_changes"]
 PPO += ["--samples_every=1", f"--samples_rows={BATCH}"]  # every response is written, for gold
 # arm -> (rounds, how pairs are chosen)
 ARMS = {
     "1 round": (1, "random"),
-    "2 rounds, random": (2, "random"),
-    "2 rounds, disagreement": (2, "disagreement"),
     "4 rounds, random": (4, "random"),
     "4 rounds, disagreement": (4, "disagreement"),
+    "2 rounds, random": (2, "random"),
+    "2 rounds, disagreement": (2, "disagreement"),
 }
 CURVES = {"kl": "objective/kl", "proxy": "objective/scores", "tokens": "val/response_length"}
 
@@ -59,6 +60,11 @@ def run_arm(arm, seed):
         # In the first round nobody can disagree yet: it is that of the random arm.
         copy_once(place(f"{rounds} rounds, random", seed) / "round_1", directory / "round_1")
 
+    # Enough responses for a mean and a deviation.
+    references = OUT / f"references-{seed}.jsonl"
+    posts = read_jsonl(ROOT / models / "data" / "sft_validation.jsonl")
+    write_jsonl(references, posts[:128])
+
     n_labels = LABELS // rounds
     argv = [
         *PPO,
@@ -68,7 +74,7 @@ def run_arm(arm, seed):
         f"--n_labels={n_labels}",
         f"--pool={3 * n_labels}",
         f"--choose={choose}",
-        f"--rm_options={RM} --normalize_data={models}/data/sft_validation.jsonl",
+        f"--rm_options={RM} --normalize_data={shlex.quote(str(references))}",
     ]
     with open(f"{directory}.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         online_rlhf.main(configure(online_rlhf.Config, argv))
@@ -114,7 +120,13 @@ def select(rows, arm):
 
 
 def arms_of(rows):
-    return [arm for arm in ARMS if select(rows, arm)]
+    """Those that there are results of; fewer rounds first."""
+    there = [arm for arm in ARMS if select(rows, arm)]
+    return sorted(there, key=rounds_of)
+
+
+def rounds_of(arm):
+    return ARMS[arm][0]
 
 
 def ends(rows, arm, name):
@@ -204,8 +216,8 @@ def main(directories):
     results.touch()
     rows = read_jsonl(results)
     done = [(row["arm"], row["seed"]) for row in rows]
-    for seed in SEEDS:
-        for arm in ARMS:
+    for arm in ARMS:
+        for seed in SEEDS:
             if (arm, seed) not in done:
                 rows.append(run_arm(arm, seed))
                 write_jsonl(results, rows[-1:], "a")
