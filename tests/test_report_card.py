@@ -207,6 +207,14 @@ def test_wins_and_losses_that_length_parts_have_finite_coefficients(n):
     assert 1 / (1 + np.exp(-all_won[0])) > 0.99
 
 
+def test_logistic_regression_comes_back_from_a_step_too_far():
+    """Few wins, all at one end: whole steps of Newton's method lead away, to coefficients of millions."""
+    x = np.array([0.2, -0.7, -0.5])
+    intercept, slope = fit_logistic(x, np.array([0.0, 1.0, 0.0]), np.array([737, 6, 998]))
+    p = 1 / (1 + np.exp(-intercept - slope * x))
+    assert -100 < slope < -50 and p[0] < 1e-6 and p[1] > 0.98 and p[2] < 1e-3
+
+
 # ---------------------------------------------------------------------------- a whole card
 
 
