@@ -78,7 +78,7 @@ class Config(TrainConfig):
     # ---- models
     model: str = "out/sft_1b/final"  # the SFT model, where the policy starts: hub id or directory
     reference: str = ""  # the frozen reference; empty: the same as model
-    reward_model: str = "out/rm_1b/final"  # hub id or directory; a,b,c: the mean of these
+    reward_model: str = "out/rm_1b/final"  # hub id or directory; a,b,c: the mean of these (variants/ensemble.py: other)
     critic: str = ""  # where the critic starts; empty: the (first) reward model, or, if a function scores, `model`
     # ---- data
     data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"  # queries: hub id, directory or file (hub/reader.py)
@@ -540,7 +540,7 @@ def write_samples(run, cfg, queries, batch):
 
 @stage  # errors become one line
 def main(cfg, score=None, advantages=advantages, token_loss=clipped_surrogate, with_critic=True,
-         before_step=None, after_update=None):  # fmt: skip
+         before_step=None, after_update=None, combine=scores.mean):  # fmt: skip
     """Load data and models, train, and write out_dir/final. All but cfg change one thing; the functions are doors:
 
     score(queries, responses, rows) -> floats       in place of the reward model: lists of texts, and the data's rows
@@ -553,6 +553,7 @@ def main(cfg, score=None, advantages=advantages, token_loss=clipped_surrogate, w
                                                     this update trains the policy. What it adds to `metrics` is logged.
     after_update(run, policy, reference)            after each update. It may move the reference, which then has
                                                     float32 masters and a place in checkpoints.
+    combine(rewards) -> (B,)                        from the rewards of several reward models, (models, B)
     with_critic                                     False: no critic is there, a batch has no values, and `advantages`
                                                     must be one that does without
     """
@@ -562,7 +563,7 @@ def main(cfg, score=None, advantages=advantages, token_loss=clipped_surrogate, w
     if cfg.critic and with_critic:
         models["critic"] = cfg.critic
     functions = {"score": score, "advantages": advantages, "token_loss": token_loss}
-    functions.update(before_step=before_step, after_update=after_update)
+    functions.update(before_step=before_step, after_update=after_update, combine=combine)
     # Of each row the query alone is read.
     world, data = start(cfg, 0, models, functions, n_minibatches=cfg.n_minibatches)
     n_vocab = data.tokenizer.n_vocab
@@ -579,7 +580,7 @@ def main(cfg, score=None, advantages=advantages, token_loss=clipped_surrogate, w
     policy = load(GPTNeoX, cfg.model, trainable=True)
     reference = load(GPTNeoX, cfg.reference or cfg.model, trainable=after_update is not None)
     if score is None:
-        scorer = scores.by_models(cfg, world, data.tokenizer, cfg.reward_model)
+        scorer = scores.by_models(cfg, world, data.tokenizer, cfg.reward_model, combine)
     else:
         scorer = scores.by_function(cfg, world, data, score)
 

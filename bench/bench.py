@@ -350,7 +350,7 @@ def arguments():
     parser.add_argument("--shape", choices=["14m", "70m", "160m", "1b", "2.8b"], default="14m")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--peer", choices=["hf", "trl", "none"], default="none")
+    parser.add_argument("--peer", choices=["hf", "trl", "rloo", "none"], default="none", help="rloo: our own variant")
     parser.add_argument("--peer-dtype", choices=["float32", "bfloat16", "autocast"], help="if not the same as ours")
     parser.add_argument("--peer-cache", choices=["dynamic", "static"], default="dynamic")
     parser.add_argument("--peer-micro", type=int, default=0, help="the peer's rows at a time; 0: all")

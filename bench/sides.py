@@ -71,7 +71,7 @@ def ours_generate(spec, gate):
 
 
 def ours_train(spec, gate):
-    stage = importlib.import_module(spec["what"])
+    stage = importlib.import_module("variants.rloo" if spec["side"] == "rloo" else spec["what"])
     cfg = stage.Config(**our_values(spec))
     steps_of_an_update = getattr(cfg, "n_epochs", 1) * getattr(cfg, "n_minibatches", 1)
     numbers = itertools.count(1)
@@ -295,6 +295,7 @@ SIDES = {
     ("ours", "generate"): ours_generate,
     ("hf", "generate"): hf_generate,
     ("ours", "train"): ours_train,
+    ("rloo", "train"): ours_train,
     ("trl", "train"): trl_train,
 }
 

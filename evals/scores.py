@@ -18,14 +18,21 @@ from model import ScalarModel
 from runtime import load_model
 
 
-def by_models(cfg, world, tokenizer, sources):
-    """The mean of the reward models "a,b,c" (arXiv:1706.03741); a response is read at its last token."""
+def mean(rewards):
+    """Rewards (models, B) -> (B,). (arXiv:1706.03741)"""
+    return sum(rewards) / len(rewards)
+
+
+def by_models(cfg, world, tokenizer, sources, combine=mean):
+    """The reward models "a,b,c", their rewards (models, B) made one by `combine`; a response is read at its last token.
+    """
     models = []
     for source in split_names(sources):
         models.append(load_model(cfg, world, tokenizer, ScalarModel, source))
 
     def score(queries, responses, indices=None):
-        return last_scalars(models, world.device, queries, responses)
+        rewards = [last_scalars([model], world.device, queries, responses) for model in models]
+        return combine(torch.stack(rewards))
 
     return score
 

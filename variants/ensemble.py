@@ -6,25 +6,19 @@
 Each member learns from rows drawn with replacement (`bootstrap`, arXiv:1706.03741 section 2.2.3); where members
 disagree, the rows have told them little. Normalise them one by one (rm.py --normalize_std), or the one with the widest
 scale decides alone. variants/online_rlhf.py trains such an ensemble, and lets it choose what is labelled.
-
-differs: with min and uncertainty the texts of query and response are encoded again before they are scored.
 """
 
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 
 import ppo
 from configurator import configure, require
 from data import pick
-from evals.scores import by_models
 from evals.winrate import reward_scores
 from hub.files import split_names
-from hub.table import encode_response
-from hub.tokenizer import Tokenizer
-from runtime import World, stage
 from variants.labellers import for_judges, texts_of
 
 
@@ -66,29 +60,16 @@ def combined(rewards, how, variance_coef):
     return mean - variance_coef * rewards.var(0)
 
 
-def score_of(cfg):
-    """The `score` for ppo.main; None for the mean, which ppo.py takes itself."""
-    sources = split_names(cfg.reward_model)
-    if cfg.combine == "mean":
-        return None
-    require(len(sources) > 1, f"combine {cfg.combine!r} needs several reward models; give --reward_model=a,b,c")
-    world = World(cfg)  # ppo.main joins the same processes
-    tokenizer = Tokenizer.load(cfg.model)
-    members = [by_models(cfg, world, tokenizer, source) for source in sources]
-
-    def score(queries, responses):
-        query_ids = list(map(tokenizer.encode, queries))
-        response_ids = [encode_response(text, tokenizer) for text in responses]
-        rewards = [member(query_ids, response_ids) for member in members]
-        return combined(torch.stack(rewards), cfg.combine, cfg.variance_coef).tolist()
-
-    return score
+def door(cfg):
+    """`combine` for ppo.main."""
+    n_models = len(split_names(cfg.reward_model))
+    several = f"combine {cfg.combine!r} needs several reward models; give --reward_model=a,b,c"
+    require(n_models > 1 or cfg.combine == "mean", several)
+    return functools.partial(combined, how=cfg.combine, variance_coef=cfg.variance_coef)
 
 
-@stage
 def main(cfg):
-    critic = cfg.critic or split_names(cfg.reward_model)[0]
-    ppo.main(replace(cfg, critic=critic), score_of(cfg))
+    ppo.main(cfg, combine=door(cfg))
 
 
 if __name__ == "__main__":

@@ -82,14 +82,14 @@ def train_policy(cfg, world, directory, members):
     values = {field.name: getattr(cfg, field.name) for field in fields(ensemble.Config)}
     values.update(out_dir=f"{directory}/ppo", reward_model=",".join(members), critic=members[0])
     ppo_cfg = ensemble.Config(**values)
-    return train(world, ppo, ppo_cfg, ensemble.score_of(ppo_cfg))
+    return train(world, ppo, ppo_cfg, combine=ensemble.door(ppo_cfg))
 
 
-def train(world, script, cfg, *doors):
+def train(world, script, cfg, **doors):
     """Run a stage, unless it is complete; returns the directory of its model. If it was stopped, so is all."""
     with contextlib.suppress(Done):
         # Not through its decorator `stage`, which ends the process group: torchrun's cannot be joined twice.
-        inspect.unwrap(script.main)(cfg, *doors)
+        inspect.unwrap(script.main)(cfg, **doors)
     final = Path(cfg.out_dir) / "final"
     if not world.agree_on(final.exists()):
         raise Done
