@@ -87,17 +87,18 @@ def place(name, seed):
     return OUT / f"{name}-{seed}"
 
 
-def train(script, name, seed, *argv, **doors):
+def train(script, name, seed, *argv, config="", **doors):
     """Run a stage's main(cfg, **doors), unless it is complete already; its output goes to a log beside its directory.
 
-    Returns the directory of the model.
+    config: the stage whose values in config/ a variant begins with. Returns the directory of the model.
     """
     directory = place(name, seed)
     final = directory / "final"
     if final.exists():
         return final
     directory.parent.mkdir(parents=True, exist_ok=True)
-    common = [f"config/toy_{script.__name__}.py", f"--seed={seed}", f"--out_dir={directory}", "--device=cpu"]
+    values = f"config/toy_{config or script.__name__}.py"
+    common = [values, f"--seed={seed}", f"--out_dir={directory}", "--device=cpu"]
     cfg = configure(script.Config, [*common, *argv])
     with open(f"{directory}.log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         script.main(cfg, **doors)
@@ -144,15 +145,21 @@ CURVES = {
 }
 
 
-def policy(seed, name, argv, sft_model="sft", **doors):
-    """A PPO run; returns its curves, lists with a number per update, gold among them, and a few of its responses."""
+def policy(seed, name, argv, sft_model="sft", script=ppo, keys=CURVES, **doors):
+    """A run of PPO, or of a variant of it.
+
+    Returns its curves, lists with a number per update, by `keys` and gold, and a few of its responses.
+    """
     models = [start(seed, sft_model), f"--reward_model={reward_model(seed)}"]
     batch = ["--n_minibatches=4", "--n_epochs=1", "--micro_batch_size=16", f"--episodes={UPDATES * BATCH}"]
     whole = ["--samples_every=1", f"--samples_rows={BATCH}"]  # every response is written, for gold
-    train(ppo, name, seed, *models, data(seed, "sft"), *batch, *whole, *argv, **doors)
+    train(script, name, seed, *models, data(seed, "sft"), *batch, *whole, *argv, config="ppo", **doors)
 
     metrics = report.read(place(name, seed) / "metrics.jsonl")
-    curves = {curve: [row[key] for row in metrics] for curve, key in CURVES.items()}
+    curves = {}
+    for curve, key in keys.items():
+        if key in metrics[0]:  # without a critic there is no value loss
+            curves[curve] = [row[key] for row in metrics]
     written = report.read(place(name, seed) / "samples.jsonl")
     golds = gold.score([row["query"] for row in written], [row["response"] for row in written])
     curves["gold"] = np.reshape(golds, (len(metrics), BATCH)).mean(1).tolist()
@@ -195,7 +202,7 @@ def draw(cfg, scorer, found):
     tokenizer = Tokenizer.load(cfg.model)
     language_model = load_model(cfg, world, tokenizer, GPTNeoX, cfg.model)
     score = scores.by_models(cfg, world, tokenizer, scorer)
-    rows = load_split(cfg, world, tokenizer, cfg.data, cfg.split)[:]
+    rows = load_split(cfg, world, tokenizer, cfg.data, cfg.split, n_responses=0)[:]
     queries = rows["query"] * DRAWS
     responses = samples.sample(cfg, world, tokenizer, language_model, queries)
     found["proxy"] = samples.measure(cfg, world, score, queries, responses)
@@ -295,32 +302,35 @@ def prepare(seed):
     reward_model(seed)
 
 
-def run_arm(experiment, arm, seed):
-    """What a process of the pool does then: one arm; returns its row of results."""
+def run_arm(function, experiment, arm, seed):
+    """What a process of the pool does then: one arm, a function of the seed; returns its row of results."""
     prepare(seed)  # all is there; what is not complete is trained
     torch.manual_seed(seed)  # for dropout and for a new head; all else draws by its own seeds
-    row = EXPERIMENTS[experiment][arm](seed)
+    row = function(seed)
     return {"experiment": experiment, "arm": arm, "seed": seed, **row}
 
 
-def missing_arms(experiments):
+def missing_arms(experiments, seeds):
     """(experiment, arm, seed) of what has no row in RESULTS yet."""
     rows = report.read(RESULTS) if RESULTS.exists() else []
     done = {(row["experiment"], row["arm"], row["seed"]) for row in rows}
     missing = []
     for experiment in experiments:
-        for arm in EXPERIMENTS[experiment]:
-            missing += [(experiment, arm, seed) for seed in SEEDS if (experiment, arm, seed) not in done]
+        for arm in experiments[experiment]:
+            missing += [(experiment, arm, seed) for seed in seeds if (experiment, arm, seed) not in done]
     return missing
 
 
-def run_all(experiments):
-    """Run what is missing, as many at a time as there are cores; the base of a seed goes first."""
-    missing = missing_arms(experiments)
+def run_all(experiments, seeds=SEEDS, jobs=None):
+    """Run what is missing, `jobs` at a time (as many as there are cores); the base of a seed goes first.
+
+    experiments: like EXPERIMENTS.
+    """
+    missing = missing_arms(experiments, seeds)
     seeds = sorted({seed for _, _, seed in missing})
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         bases = {pool.submit(prepare, seed): seed for seed in seeds}
         waiting = set(bases)
         with tqdm(total=len(missing) + len(seeds)) as bar:
@@ -330,20 +340,30 @@ def run_all(experiments):
                 row = future.result()
                 bar.update()
                 if future in bases:
-                    ready = [key for key in missing if key[2] == bases[future]]
-                    waiting.update(pool.submit(run_arm, *key) for key in ready)
+                    for experiment, arm, seed in missing:
+                        if seed == bases[future]:
+                            function = experiments[experiment][arm]
+                            waiting.add(pool.submit(run_arm, function, experiment, arm, seed))
                 else:
                     write_jsonl(RESULTS, [row], "a")
+
+
+def add_options(parser):
+    """What the programs of the laboratory share."""
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default: 1 2 3")
+    parser.add_argument("--jobs", type=int, help="processes at a time; default: as many as there are cores")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)}; none: all")
-    names = parser.parse_args().experiments or list(EXPERIMENTS)
+    add_options(parser)
+    args = parser.parse_args()
+    names = args.experiments or list(EXPERIMENTS)
     unknown = sorted(set(names) - set(EXPERIMENTS))
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(EXPERIMENTS)}")
-    run_all(names)
+    run_all({name: EXPERIMENTS[name] for name in names}, args.seeds, args.jobs)
     report.write(RESULTS, OUT)
 
 

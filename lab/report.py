@@ -402,38 +402,48 @@ def read(path=ROOT / "lab" / "results.jsonl"):
         return [json.loads(line) for line in lines]
 
 
-def missing(rows, name):
+def missing(rows, name, parts=None):
     """What the figure and table of that name need, and the results do not have."""
     there = set()
     for row in rows:
         there.add(row["experiment"])
         there.add(f"{row['experiment']}: {row['arm']}")
-    _, _, needs = ALL[name]
+    if parts is None:
+        parts = ALL
+    _, _, needs = parts[name]
     return [need for need in needs if need not in there]
 
 
-def write(results, directory):
-    """Write all figures that the results allow to directory/figures, and the tables into directory/README.md."""
+def write(results, directory, parts=None, page="README.md"):
+    """Write the figures that the results allow to directory/figures, and figures and tables into directory/`page`.
+
+    parts: like ALL, and by default that.
+    """
+    if parts is None:
+        parts = ALL
     rows = read(results)
     directory = Path(directory)
     figures = directory / "figures"
     figures.mkdir(parents=True, exist_ok=True)
-    path = directory / "README.md"
+    path = directory / page
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    names = [name for name in ALL if not missing(rows, name)]
+    lacking = {name: missing(rows, name, parts) for name in parts}
+    names = [name for name in parts if not lacking[name]]
     for name in names:
-        figure, table, _ = ALL[name]
-        figure(rows).savefig(figures / f"{name}.png")
-        parts = [f"<!-- {name} -->", f"![{name}](figures/{name}.png)"]
+        figure, table, _ = parts[name]
+        block = [f"<!-- {name} -->"]
+        if figure:
+            figure(rows).savefig(figures / f"{name}.png")
+            block.append(f"![{name}](figures/{name}.png)")
         if table:
-            parts.append(markdown(table(rows)))
-        text = put(text, name, "\n\n".join(parts) + "\n<!-- end -->")
+            block.append(markdown(table(rows)))
+        text = put(text, name, "\n\n".join(block) + "\n<!-- end -->")
     path.write_text(text, encoding="utf-8")
     print(f"wrote {path} and {figures}: {', '.join(names) or 'none'}")
-    for name in ALL:
+    for name in parts:
         is_begun = any(row["experiment"] == name for row in rows)
-        if is_begun and name not in names:
-            print(f"{name} also needs {', '.join(missing(rows, name))}")
+        if is_begun and lacking[name]:
+            print(f"{name} also needs {', '.join(lacking[name])}")
 
 
 def put(text, name, block):

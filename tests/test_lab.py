@@ -11,6 +11,7 @@ from pipeline import metrics
 from torch.nn.modules.module import register_module_forward_hook
 
 import ppo
+import sample
 import sft
 from data import load_rows
 from model import GPTNeoX
@@ -31,6 +32,14 @@ def test_best_of_mean_matches_all_subsets():
                 best = max(chosen, key=ranks[:, post].__getitem__)
                 means.append(values[best, post])
         assert lab.best_of_mean(ranks, values, n) == pytest.approx(np.mean(means))
+
+
+def test_draw_gives_the_proxy_and_gold_of_every_response(pipeline):
+    found = {}
+    cfg = pipeline.config(sample, "unused", split="validation[:2]", micro_batch_size=64)
+    lab.draw(cfg, str(pipeline.rm), found)
+    assert len(found["proxy"]) == len(found["gold"]) == 2 * lab.DRAWS
+    assert np.std(found["proxy"]) > 0 and set(found["gold"]) <= {x / 4 for x in range(-100, 17)}
 
 
 def test_smooth_averages_neighbours():
