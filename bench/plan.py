@@ -47,9 +47,9 @@ from data import Tokenizer  # noqa: E402
 from generation import PREFILL_ROWS, KVCache, decode_one_token, sample_token  # noqa: E402
 from hub.files import write_jsonl  # noqa: E402
 from model import GPTNeoX, GPTNeoXConfig, ScalarModel  # noqa: E402
-from variants import ppo_max  # noqa: E402
+from variants import ppo_max, rloo  # noqa: E402
 
-STAGES = {"sft": sft, "rm": rm, "ppo": ppo, "ppo_max": ppo_max, "dpo": dpo}
+STAGES = {"sft": sft, "rm": rm, "ppo": ppo, "ppo_max": ppo_max, "rloo": rloo, "dpo": dpo}
 # hidden size, layers, heads, vocabulary (the hub's config.json)
 PYTHIA = {
     "14m": (128, 6, 4, 50304),
@@ -205,6 +205,7 @@ class Plan:
         self.always = {}
         self.phases = {}
         stages = {"sft": self.sft, "rm": self.rm, "dpo": self.dpo, "ppo": self.ppo, "ppo_max": self.ppo}
+        stages["rloo"] = functools.partial(self.ppo, with_critic=False)
         stages[stage]()
 
     def model(self, kind):
@@ -329,14 +330,16 @@ class Plan:
 
     # ------------------------------------------------------------------------ PPO
 
-    def ppo(self):
+    def ppo(self, with_critic=True):
         cfg = self.cfg
         sources = [source for source in cfg.reward_model.split(",") if source]
         start_of_critic = cfg.critic or (sources[0] if sources else cfg.model)
         policy = Kind(GPTNeoX, self.shape)
-        critic = Kind(ScalarModel, shape_of(start_of_critic))
+        critic = None
         self.trained("policy", policy)
-        self.trained("critic", critic)
+        if with_critic:
+            critic = Kind(ScalarModel, shape_of(start_of_critic))
+            self.trained("critic", critic)
         self.frozen("reference", Kind(GPTNeoX, shape_of(cfg.reference or cfg.model)))
         for source in sources:
             self.frozen(f"reward model {source}", Kind(ScalarModel, shape_of(source)))
@@ -381,7 +384,6 @@ class Plan:
     def ppo_update(self, policy_kind, critic_kind):
         cfg = self.cfg
         policy = self.model(policy_kind)
-        critic = self.model(critic_kind)
         R = cfg.response_length
         ids = tokens(cfg.micro_batch_size, cfg.max_length + R)
         select = tokens(cfg.micro_batch_size, R)
@@ -399,12 +401,14 @@ class Plan:
             loss.backward()
 
         def update_critic():
+            critic = self.model(critic_kind)
             loss, _ = ppo.critic_loss(cfg, critic(ids, select), micro, total)
             loss.backward()
 
         # PPO-ptx has a backward pass of its own, through rows no longer than these and the policy alone.
         self.update("the policy's update", update_policy, policy_kind, after=critic_kind)
-        self.update("the critic's update", update_critic, critic_kind, before=policy_kind)
+        if critic_kind is not None:
+            self.update("the critic's update", update_critic, critic_kind, before=policy_kind)
 
     # ------------------------------------------------------------------------ what is printed
 

@@ -12,6 +12,8 @@ A prompt or response may also be a chat: a list of {role, content}. Each functio
 that data.format_query takes, and the texts of the responses, the best first. Prompt and response are joined as they
 are: the response brings its own first space. Two are given one where they have none: a summary, which stands after
 "TL;DR:", and an answer, which stands after "Assistant:".
+
+A judged pair whose choice is null, which nobody could compare, is left out (hub/table.py:load_rows).
 """
 
 import itertools
@@ -35,10 +37,11 @@ def from_comparison(row):
     """{info, summaries, choice}"""
     pair = row["summaries"]
     check(isinstance(pair, list), "summaries {} is no list", pair)
-    choice = row.get("choice")
-    if choice not in (0, 1) or len(pair) != 2:
+    choice = row.get("choice", "missing")
+    if choice not in (0, 1, None) or len(pair) != 2:
         raise UserError(f"choice {choice!r:.80} of {len(pair)} summaries; use 0 or 1, of two")
-    choice = int(choice)  # 1.0 in a table that once had gaps
+    # 1.0 in a table that once had gaps. Null is no choice: load_rows leaves such rows out, in whatever order.
+    choice = int(choice == 1)
     for value in (row["info"], *pair):
         check(isinstance(value, dict), "{} is no object with texts", value)
     chosen = text_of(pair[choice], "text")

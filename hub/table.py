@@ -15,13 +15,16 @@ import hub.tokenizer
 from configurator import UserError, explain, require
 from hub.queries import MAX_ARTICLE_TOKENS, format_query
 from hub.reader import read_split
-from hub.rows import from_comparison, schema_of
+from hub.rows import from_comparison, is_incomparable, schema_of
 
 WRONG_VALUES = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
 
 
 def parse_row(row, tokenizer, max_query_tokens):
-    """One row of any schema -> query ids, responses (the best first, each ends with EOS), and where it came from."""
+    """One row of any schema -> query ids, responses (the best first, each ends with EOS), and where it came from.
+
+    target: the probability that the first of two responses is the better one; NaN if nobody could compare them.
+    """
     schema = schema_of(row)
     prompt, texts = schema(row)
     # The better response comes first.
@@ -49,7 +52,9 @@ def parse_row(row, tokenizer, max_query_tokens):
 
 
 def target_of(row):
-    """The probability that a pair's first response is the better one."""
+    """The probability that a pair's first response is the better one; NaN if nobody could compare the two."""
+    if is_incomparable(row):
+        return np.nan
     target = row.get("target")
     if target is None:
         return 1.0
@@ -85,6 +90,7 @@ def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_t
     ranked: keep all responses of a row that has more.
     max_length: the longest query + response allowed, 0 for any.
     too_long: what to do with a longer row: "stop" (an error), "drop", or "cut" its responses, which keep their EOS.
+    Judged pairs whose choice is null, which nobody could compare, are left out; how many is printed.
     Raises UserError for missing files, columns or rows, naming them.
     """
     raw = read_split(source, split)
@@ -124,6 +130,10 @@ def load_rows(source, split, tokenizer, n_responses=0, max_length=0, max_query_t
     with explain(f"{raw.name}: its values cannot be kept in columns", ValueError, OverflowError):
         rows = load_table(key, tokenise_all())
     require(len(rows), f"{raw.name}: no rows; give a split that has some")
+    is_null = np.isnan(np.asarray(rows["target"]))
+    if is_null.any():
+        found = f"{is_null.sum()} of {len(rows)} rows have choice null: left out"
+        rows = leave_out(raw.name, rows, is_null, found)
     if max_length:
         rows = handle_long_rows(raw.name, rows, max_length, too_long)
     return rows
@@ -145,12 +155,16 @@ def handle_long_rows(name, rows, max_length, too_long):
     if too_long == "cut":
         rows = rows.map(functools.partial(cut_row, max_length=max_length))
         is_long = np.asarray(rows["length"]) > max_length
-    kept = rows.select(np.flatnonzero(~is_long))
+    others = ", the others cut" if too_long == "cut" else ""
+    return leave_out(name, rows, is_long, f"{found} ({count}): {is_long.sum()} dropped{others}")
+
+
+def leave_out(name, rows, is_out, found):
+    """The rows that are not `is_out` (n,); says what was `found`."""
+    require(not is_out.all(), f"{name}: no row is left; {found}")
     if os.environ.get("RANK", "0") == "0":
-        others = ", the others cut" if too_long == "cut" else ""
-        print(f"{name}: {found} ({count}): {is_long.sum()} dropped{others}", flush=True)
-    require(len(kept), f"{name}: all rows are longer than {max_length} tokens")
-    return kept
+        print(f"{name}: {found}", flush=True)
+    return rows.select(np.flatnonzero(~is_out))
 
 
 def cut_row(row, max_length):

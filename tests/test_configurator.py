@@ -424,8 +424,12 @@ LAUNCHES = {
     "sft": "python sft.py config/toy_sft.py ", "rm": "python rm.py config/toy_rm.py ",
     "ppo": "python ppo.py config/toy_ppo.py ", "dpo": "python dpo.py config/toy_dpo.py ",
     "sample": "python sample.py --model=", "evals.winrate": "python sample.py --judge=",
+    "evals.report_card": "python -m evals.report_card --reward_model=", "evals.passk": "python sample.py config/sums_",
     "variants.grpo": "python -m variants.grpo config/toy_ppo.py ",
 }  # fmt: skip
+for _path in (Path(__file__).parent.parent / "variants").glob("*.py"):
+    if "\nclass Config(" in _path.read_text():
+        LAUNCHES.setdefault(f"variants.{_path.stem}", f"python -m variants.{_path.stem} ")
 
 
 @pytest.mark.parametrize("stage", LAUNCHES)

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 from pipeline import ROOT, make_data, write_rows
+from safetensors.torch import load_file
 
+import dpo
+import rm
 from configurator import UserError
 from data import batch_indices, collate, load_rows, uniforms
 from hub.tokenizer import Tokenizer
@@ -145,6 +148,59 @@ def test_a_response_that_spells_eos_out_ends_there(tokenizer, tmp_path):
     plain = tokenizer.encode(" b") + [tokenizer.eos_id]
     blank = tokenizer.encode(" b ") + [tokenizer.eos_id]
     assert [ids for (ids,) in table["responses"]] == [plain, plain, plain, plain, blank]
+
+
+def comparisons(choices):
+    return [{"info": INFO, "summaries": TEXTS, "choice": choice} for choice in choices]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("n_responses", [0, 1, 2])
+def test_pairs_that_nobody_could_compare_are_left_out_and_counted(kind, n_responses, tokenizer, tmp_path, capsys):
+    """Whoever reads them, and also when the rows come from the cache."""
+    rows = comparisons([0, None, 1, None, 0])
+    path = tmp_path / f"x.{kind}"
+    if kind == "jsonl":
+        write_rows(path, rows)
+    else:
+        import datasets
+
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    for _ in range(2):
+        table = load_rows(str(path), "train", tokenizer, n_responses)
+        assert capsys.readouterr().out == f"{path} [train]: 2 of 5 rows have choice null: left out\n"
+        assert (table["index"][:], table["target"][:]) == ([0, 2, 4], [1.0, 1.0, 1.0])
+        texts = [[tokenizer.decode(ids) for ids in responses] for responses in table["responses"]]
+        assert texts == [order[:n_responses] for order in ([" one", " two"], [" two", " one"], [" one", " two"])]
+
+
+def test_a_choice_must_be_there_and_one_must_be_made(tokenizer, tmp_path, capsys):
+    unlabelled = {"info": INFO, "summaries": TEXTS}
+    for row in (unlabelled, {**unlabelled, "choice": "null"}, {**unlabelled, "choice": float("nan")}):
+        path = write_rows(tmp_path / "x.jsonl", [*comparisons([0]), row])
+        with pytest.raises(UserError, match="line 2: choice .* of 2 summaries; use 0 or 1"):
+            load_rows(path, "train", tokenizer, 2)
+    path = write_rows(tmp_path / "x.jsonl", comparisons([None] * 3))
+    with pytest.raises(UserError, match="x.jsonl .train.: no row is left; 3 of 3 rows have choice null: left out$"):
+        load_rows(path, "train", tokenizer, 2)
+    # A column of that name beside another schema's says nothing.
+    path = write_rows(tmp_path / "x.jsonl", [{"prompt": "a:", "chosen": " b", "rejected": " c", "choice": None}])
+    assert len(load_rows(path, "train", tokenizer, 2)) == 1
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("stage", [rm, dpo], ids=["rm", "dpo"])
+def test_training_is_as_without_the_pairs_that_nobody_could_compare(stage, pipeline, tmp_path):
+    rows = [json.loads(line) for line in (pipeline.data / "comparisons_train.jsonl").read_text().splitlines()]
+    gaps = [{**row, "choice": None} for row in rows[:3]]
+    states = []
+    for name, some in (("whole", rows), ("gaps", gaps[:1] + rows[:9] + gaps[1:] + rows[9:])):
+        changes = {"normalize_data": ""} if stage is rm else {}
+        data = write_rows(tmp_path / f"{name}.jsonl", some)
+        cfg = pipeline.config(stage, f"null_{stage.__name__}_{name}", data=data, eval_split="", **changes)
+        stage.main(cfg)
+        states.append(load_file(f"{cfg.out_dir}/final/model.safetensors"))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0] | states[1])
 
 
 def test_pairs_serve_as_demonstrations(tokenizer, toy):

@@ -418,6 +418,15 @@ def test_ties_are_no_pairs_and_rankings_count_by_their_ends(pipeline, judge, tmp
     assert ties["pairs"] == {}
 
 
+def test_pairs_that_nobody_could_compare_are_no_rows(pipeline, tmp_path, capsys):
+    raw = read_rows(pipeline.data / "comparisons_validation.jsonl")
+    gaps = [*raw[:4], {**raw[0], "choice": None}, *raw[4:]]
+    whole = card_of(tmp_path / "whole", pipeline.rm, write_rows(tmp_path / "x.jsonl", raw))
+    card = card_of(tmp_path / "card", pipeline.rm, write_rows(tmp_path / "y.jsonl", gaps))
+    assert "y.jsonl [train]: 1 of 16 rows have choice null: left out\n" in capsys.readouterr().out
+    assert card["pairs"] == whole["pairs"] and card["probes"] == whole["probes"]
+
+
 def test_real_pairs_make_a_card(real_tokenizer, tldr_sample, tmp_path):
     """Pythia's tokenizer and a small model of random weights: each summary can be spoiled in almost every way."""
     model = tmp_path / "final"

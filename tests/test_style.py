@@ -176,7 +176,7 @@ def all_that_is_imported(by):
 CORE = all_that_is_imported(TOP_LEVEL)
 STAGES = [ROOT / name for name in ("sft.py", "rm.py", "ppo.py", "dpo.py", "sample.py")]
 VARIANTS = sorted(path for path in ROOT.glob("variants/*.py") if path.name != "__init__.py")
-EVALS = [ROOT / "evals" / "winrate.py", ROOT / "evals" / "chat.py"]
+EVALS = [ROOT / "evals" / name for name in ("winrate.py", "chat.py", "report_card.py", "passk.py")]
 
 
 def relative(path):

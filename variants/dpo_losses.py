@@ -63,7 +63,8 @@ def before_batch(run, model, batch, columns):
     lengths = [list(map(len, pair)) for pair in batch["responses"]]
     columns["lengths"] = torch.tensor(lengths, device=run.world.device)
     wrong = 1 - torch.tensor(batch["target"], device=run.world.device)
-    columns["smoothing"] = cfg.label_smoothing + (1 - 2 * cfg.label_smoothing) * wrong
+    epsilon = cfg.label_smoothing
+    columns["smoothing"] = epsilon + (1 - 2 * epsilon) * wrong
 
 
 def pair_loss(cfg, logprobs, micro):
