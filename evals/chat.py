@@ -348,7 +348,7 @@ Two summaries of this post:
 (B) {b}
 
 Which of the two keeps better to the principle: {principle}"""
-THINK = "\nFirst compare them in one sentence."
+THINK_FIRST = "\nFirst compare them in one sentence."
 ANSWER = "The answer is ("  # the reply begins so: the next token is the letter
 
 
@@ -368,7 +368,7 @@ def ask_preferences(judge, pairs, principles, cache, thoughts=False, **options):
                 prompts[number, principle, swapped] = prompt
     beginnings = dict.fromkeys(prompts, ANSWER)
     if thoughts:
-        prompts = {name: prompt + THINK for name, prompt in prompts.items()}
+        prompts = {name: prompt + THINK_FIRST for name, prompt in prompts.items()}
         questions = {name: Question([prompt]) for name, prompt in prompts.items()}
         replies = ask_each(judge, questions, cache, bool, unit="thoughts", **options)
         beginnings = {name: f"{thought}\n{ANSWER}" for name, thought in replies.items()}

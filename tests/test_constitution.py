@@ -14,7 +14,7 @@ from pipeline import metrics, read_rows, write_rows
 import rm
 import sft
 from configurator import UserError
-from evals.chat import ANSWER, REVISE, THINK, preference, read_letters
+from evals.chat import ANSWER, REVISE, THINK_FIRST, preference, read_letters
 from variants import constitution
 
 PRINCIPLES = ["it is true", "it is short", "it is kind"]
@@ -257,7 +257,7 @@ def test_thoughts_go_before_the_answer_and_keep_the_label_near_a_half(server, tm
     def answer(request):
         turns = turns_of(request)
         if len(turns) == 1:
-            assert turns[0].endswith(THINK)
+            assert turns[0].endswith(THINK_FIRST)
             return says("Ours is true.")
         assert turns[1] == f"Ours is true.\n{ANSWER}"
         return surely(0.99 if "(A) ours" in turns[0] else 0.02)
