@@ -1,19 +1,21 @@
 # python -m variants.verifiable config/sums_ppo.py --algorithm=grpo --out_dir=out/sums/grpo
 model = "out/sums/sft/final"
+scorer = "toy.sums"
 data = "out/sums/data/sft_{split}.jsonl"
 out_dir = "out/sums/ppo"
-scorer = "toy.sums"
 seed = 1
-episodes = 200 * 256
-batch_size = 256
+# 16 sums an update, each answered 8 times
+batch_size = 128
 group_size = 8
-n_minibatches = 2
+episodes = 300 * 128
 n_epochs = 2
-micro_batch_size = 128
-rollout_micro_batch_size = 256
+n_minibatches = 2
+micro_batch_size = 64
+rollout_micro_batch_size = 128
 response_length = 4
 temperature = 1.0
-missing_eos_score = 0.0
-kl_coef = 0.0
-lr = 1e-3
+missing_eos_score = 0.0  # as any other wrong answer
+kl_coef = 0.0  # what is right needs no guard against a reward model's mistakes
+lr = 7e-4
+warmup_steps = 5
 adam_eps = 1e-8

@@ -146,7 +146,7 @@ def test_sample_hands_over_where_there_is_a_scorer(pipeline):
     # These rows have no answer: the scorer that is named has been asked.
     assert done.returncode == 1
     assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
-    assert done.stderr.rstrip().split("\n")[-1].endswith("give an int as `answer`")
+    assert done.stderr.rstrip().split("\n")[-1].endswith("give each row an int as `answer`")
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@
 
 writes, byte for byte the same for the same seed,
 
-    sft_{train,validation}.jsonl    prompt ("17+5="), completion ("22"), answer (22)
+    sft_{train,validation}.jsonl    prompt ("9+5+8="), completion ("22"), answer (22)
     tokenizer.json                  that of toy/make_data.py, where each digit is a token
 
-There is a row for each pair of numbers from 0 to 29, 900 in all; 200 of them are held out. So no held-out sum is in
-the training data, though the same numbers the other way round may be.
+There is a row for each three digits, 1,000 in all; 200 of them are held out. So no held-out sum is in the training
+data, though the same digits in another order may be.
 
 `score` is the reward. With it PPO and its variants need no reward model, and no completions:
 
@@ -23,20 +23,22 @@ import random
 from pathlib import Path
 
 if __package__:
+    from configurator import require
+
     from . import make_data
-else:  # run as a script: Python then looks for modules in toy/ itself
+else:  # run as a script, which only writes data: Python then looks for modules in toy/ itself
     import make_data
 
-NUMBERS = range(30)
-HELD_OUT = 200
+HELD_OUT = 200  # rows
 
 
 def make_rows(seed):
-    """All sums in random order, as rows: the first HELD_OUT are held out."""
+    """All sums in random order, as rows."""
     rows = []
-    for first, second in itertools.product(NUMBERS, repeat=2):
-        answer = first + second
-        rows.append({"prompt": f"{first}+{second}=", "completion": str(answer), "answer": answer})
+    for digits in itertools.product(range(10), repeat=3):
+        prompt = "+".join(map(str, digits)) + "="
+        answer = sum(digits)
+        rows.append({"prompt": prompt, "completion": str(answer), "answer": answer})
     random.Random(f"sums {seed}").shuffle(rows)
     return rows
 
@@ -44,14 +46,13 @@ def make_rows(seed):
 def score(queries, responses, rows):
     """1.0 for each response that is the answer of its row, written as one writes it, and nothing else; 0.0 for others.
 
-    rows: dicts with `answer`, an int (or, as a CSV file has it, its text). Ends the program in one line if that is
-    missing.
+    rows: dicts with `answer`, an int (or, as a CSV file has it, its text). Raises UserError where that is missing.
     """
     scores = []
     for response, row in zip(responses, rows, strict=True):
         answer = row.get("answer")
-        if not isinstance(answer, (int, str)):
-            raise SystemExit(f"error: toy.sums: the answer of {row!r:.80} is {answer!r}; give an int as `answer`")
+        wrong = f"toy.sums: the answer of {row!r:.80} is {answer!r}; give each row an int as `answer`"
+        require(isinstance(answer, (int, str)), wrong)
         # " 22", "022", "22.", "22 22" and "it is 22" are wrong: a reward that forgives teaches what it forgives.
         scores.append(float(response == str(answer)))
     return scores
