@@ -1,6 +1,7 @@
 # make demo    set up, then run the whole pipeline on the embedded toy data, on a CPU
 # make test    set up, then run the tests
 # make lab     set up, then run the laboratory's first experiment (LAB="" runs all of them)
+# make constitution   set up, then a small language model on this machine labels toy pairs and revises summaries
 # make repro   set up, then PPO from published models of 410m, on a GPU (docs/repro.md)
 # make lint    the linter
 
@@ -19,7 +20,7 @@ LAB    ?= overoptimisation
 REPRO_SFT ?= mnoukhov/pythia410m-sft-tldr
 REPRO_RM  ?= mnoukhov/pythia410m-rm-tldr6.9b
 
-.PHONY: demo test lab repro lint
+.PHONY: demo test lab constitution repro lint
 demo: $(VENV)/ready
 	$(PY) toy/make_data.py $(OUT)/data --seed=$(SEED)
 	$(PY) sft.py config/toy_sft.py --seed=$(SEED)
@@ -36,6 +37,15 @@ test: $(VENV)/ready-dev
 
 lab: $(VENV)/ready-extra
 	$(PY) lab/lab.py $(LAB)
+
+constitution: CAI = out/constitution
+constitution: $(VENV)/ready-llm
+	$(PY) toy/make_data.py $(CAI)/data --seed=$(SEED) --sft-train=12 --comparisons-train=40
+	$(PY) toy/small_model.py \
+		'$(PY) -m variants.constitution --judge="$$JUDGE" --write=labels \
+			--samples=$(CAI)/data/comparisons_train.jsonl --out_dir=$(CAI)/labels' \
+		'$(PY) -m variants.constitution --judge="$$JUDGE" \
+			--samples=$(CAI)/data/sft_train.jsonl --out_dir=$(CAI)/revised'
 
 repro: SAMPLES = --reward_model=$(REPRO_RM) --response_length=128 --temperature=0.01
 repro: $(VENV)/ready
@@ -58,6 +68,14 @@ $(VENV)/ready-extra: $(VENV)/ready requirements-extra.txt
 	$(PY) -m pip install --quiet -r requirements-extra.txt
 	touch $@
 
-$(VENV)/ready-dev: $(VENV)/ready requirements-extra.txt requirements-dev.txt
+# ready-made wheels without what they depend on; where there are none, the tests of a real judge are skipped
+INSTALL_LLM = $(PY) -m pip install --quiet --no-deps --only-binary=:all: -r requirements-llm.txt
+
+$(VENV)/ready-llm: $(VENV)/ready-extra requirements-llm.txt
+	$(INSTALL_LLM)
+	touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready requirements-extra.txt requirements-dev.txt requirements-llm.txt
 	$(PY) -m pip install --quiet -r requirements-dev.txt
+	$(INSTALL_LLM) || echo "no language model on this machine: its tests are skipped"
 	touch $@

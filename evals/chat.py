@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sqlite3
+import types
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,8 @@ from tqdm import tqdm
 
 from configurator import UserError, explain, require
 from hub.files import read_jsonl
-from hub.rows import text_of
+from hub.queries import format_query
+from hub.rows import schema_of, text_of
 
 OPTIONS = {"temperature": 0}  # some models refuse it: take it out for them
 CUT_OFF = ("length", "model_length", "max_tokens")  # finish_reason of servers when a model has no tokens left
@@ -305,16 +307,27 @@ def read_principles(path, n_needed):
     return lines
 
 
-def read_responses(path):
-    """The rows of a samples.jsonl as {prompt, completion, draft}, its responses being drafts."""
+def read_drafts(path):
+    """Rows of sample.py or of SFT's data as {prompt, completion, draft}, their responses being drafts."""
     rows = []
-    with explain(f"samples {path}", UserError):
-        for row in read_jsonl(path):
-            query = text_of(row, "query")
-            draft = text_of(row, "response")
-            rows.append({"prompt": query, "completion": draft, "draft": draft})
+    for number, row in enumerate(read_jsonl(path), 1):
+        with explain(f"samples {path}: row {number}", UserError):
+            query, draft = query_and_response(row)
+        rows.append({"prompt": query, "completion": draft, "draft": draft})
     require(rows, f"samples {path}: no rows; sample some")
     return rows
+
+
+def query_and_response(row):
+    if "response" in row:
+        return text_of(row, "query"), text_of(row, "response")
+    prompt, responses = schema_of(row)(row)
+    require(responses, "it has no response; sample some")
+    if isinstance(prompt, str):
+        return prompt, responses[0]
+    # A tokenizer that leaves the text as it is, and no limit, give the query's text.
+    query = format_query(prompt, types.SimpleNamespace(encode=str), max_tokens=np.inf)
+    return query, responses[0]
 
 
 def ask_revisions(judge, rows, cache, **options):

@@ -374,6 +374,19 @@ def test_a_stopped_run_goes_on(server, tmp_path):
     assert len(one.asked()) == 40 - n_kept
 
 
+def test_the_data_of_sft_can_be_revised(pipeline, server, tmp_path):
+    """Posts with a summary, and rows of prompt and completion: the prompt is the query that sft.py makes of a post."""
+    one = server(reviser)
+    posts = read_rows(pipeline.data / "sft_train.jsonl")[:2]
+    rows = run(tmp_path, one, [*posts, dict(prompt="post 02\n\nTL;DR:", completion=" ours 02")])
+    for post, row in zip(posts, rows):
+        head = f"SUBREDDIT: r/{post['subreddit']}\n\nTITLE: {post['title']}\n\nPOST: "
+        assert row["prompt"] == f"{head}{post['post']}\n\nTL;DR:"
+        assert row["draft"] == " " + post["summary"]
+        assert row["completion"] == f" {post['summary']} better"
+    assert rows[2]["completion"] == " ours 02 better"
+
+
 # ---------------------------------------------------------------------------- bad input
 
 
@@ -383,7 +396,7 @@ def test_a_stopped_run_goes_on(server, tmp_path):
     (dict(principles="nowhere.txt"), "principles nowhere.txt: cannot be read"),
     (dict(judge="http://127.0.0.1:1/v1"), "names no model; write URL#model"),
     (dict(judge=""), "judge : names no model"),
-    (dict(samples="nowhere.jsonl"), "samples.*nowhere.jsonl"),
+    (dict(samples="nowhere.jsonl"), "nowhere.jsonl: cannot be read"),
 ])  # fmt: skip
 def test_bad_options_are_one_line(server, tmp_path, options, words):
     one = server(reviser)
@@ -392,8 +405,10 @@ def test_bad_options_are_one_line(server, tmp_path, options, words):
 
 
 @pytest.mark.parametrize("rows, words", [
-    ([dict(query="post", response=None)], "samples .*: 'response' is None"),
-    ([dict(response=" a")], "samples .*: 'query' is None"),
+    ([dict(query="post", response=" a"), dict(query="post", response=None)], "samples .*: row 2: 'response' is None"),
+    ([dict(response=" a")], "samples .*: row 1: 'query' is None"),
+    ([dict(prompt="post")], "samples .*: row 1: it has no response; sample some"),
+    ([dict(words="post")], "samples .*: row 1: .*fit no schema"),
     ([], "no rows"),
 ])  # fmt: skip
 def test_samples_without_texts_are_one_line(server, tmp_path, rows, words):

@@ -21,7 +21,7 @@ LONGEST = 160  # tokens of a reply: so small a model may find no end
 
 
 @contextlib.contextmanager
-def serve(n_threads=1):
+def serve(n_threads=1, longest=LONGEST):
     """The name of a judge, "URL#model", while this context lasts. The URL is on this machine alone, at a free port."""
     try:
         import xllamacpp
@@ -40,8 +40,11 @@ def serve(n_threads=1):
     settings.cpuparams.n_threads = n_threads
     settings.cpuparams_batch.n_threads = n_threads
     settings.n_ctx = CONTEXT
-    settings.n_predict = LONGEST
-    settings.cache_ram_mib = 0  # else it keeps what it computed of earlier prompts, up to 8 GiB
+    settings.n_predict = longest
+    # From what it has computed of earlier prompts a reply comes sooner, but with other log-probabilities: p(A) moves by
+    # 0.05. So one label would depend on the others that were asked for. (And up to 8 GiB of that would be kept.)
+    settings.cache_prompt = False
+    settings.cache_ram_mib = 0
     # Of itself llama.cpp draws from the likeliest tokens alone, at any temperature; no field of OpenAI's says so.
     settings.sampling.top_k = 0
     settings.sampling.top_p = 1.0

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from configurator import Count, configure, require
-from evals.chat import ask_preferences, ask_revisions, read_principles, read_responses
+from evals.chat import ask_preferences, ask_revisions, read_drafts, read_principles
 from evals.winrate import read_pairs
 from hub.files import write_jsonl
 from runtime import RunConfig, World, open_directory, stage
@@ -27,7 +27,7 @@ from runtime import RunConfig, World, open_directory, stage
 class Config(RunConfig):
     out_dir: str = "out/constitution"  # where all files go
     judge: str = ""  # the model: URL#model (evals/chat.py)
-    samples: str = ""  # for revisions a samples.jsonl; for labels what sample.py --judge takes
+    samples: str = ""  # for revisions a samples.jsonl, or data of sft.py; for labels what sample.py --judge takes
     write: Literal["revisions", "labels"] = "revisions"
     principles: str = "variants/principles.txt"  # a text file, one a line
     n_revisions: Count = 1  # rounds of critique and revision, at most 4
@@ -51,7 +51,7 @@ def main(cfg):
 
 def revise(cfg, principles, cache):
     """Rows {prompt, completion, draft, ...} of the samples; the draft is the response as it was."""
-    rows = dict(enumerate(read_responses(cfg.samples)))
+    rows = dict(enumerate(read_drafts(cfg.samples)))
     for turn in range(cfg.n_revisions):
         for number, row in rows.items():
             rng = np.random.default_rng([cfg.seed, number, turn])
