@@ -125,7 +125,7 @@ def test_answers_are_kept(judge, tmp_path):
 
 
 def test_the_judge_of_the_evaluator_is_a_real_one(judge, tmp_path):
-    """Asked to compare two summaries, so small a model writes on and on, or nothing to the point: one line says which."""
+    """Asked to compare two summaries, so small a model writes on and on, or nothing to the point: a line says which."""
     rows = [dict(query=pair["query"], response=pair["response"], reference=pair["other"]) for pair in PAIRS]
     cfg = winrate.Config(judge=judge, samples=write_rows(tmp_path / "samples.jsonl", rows), device="cpu",
                          out_dir=str(tmp_path / "judged"))  # fmt: skip
