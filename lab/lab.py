@@ -310,9 +310,9 @@ def run_arm(function, experiment, arm, seed):
     return {"experiment": experiment, "arm": arm, "seed": seed, **row}
 
 
-def missing_arms(experiments, seeds):
-    """(experiment, arm, seed) of what has no row in RESULTS yet."""
-    rows = report.read(RESULTS) if RESULTS.exists() else []
+def missing_arms(experiments, seeds, results):
+    """(experiment, arm, seed) of what has no row in `results` yet."""
+    rows = report.read(results) if results.exists() else []
     done = {(row["experiment"], row["arm"], row["seed"]) for row in rows}
     missing = []
     for experiment in experiments:
@@ -321,14 +321,14 @@ def missing_arms(experiments, seeds):
     return missing
 
 
-def run_all(experiments, seeds=SEEDS, jobs=None):
+def run_all(experiments, results, seeds=SEEDS, jobs=None):
     """Run what is missing, `jobs` at a time (as many as there are cores); the base of a seed goes first.
 
-    experiments: like EXPERIMENTS.
+    experiments: like EXPERIMENTS. results: the file that each arm appends a row to.
     """
-    missing = missing_arms(experiments, seeds)
+    missing = missing_arms(experiments, seeds, results)
     seeds = sorted({seed for _, _, seed in missing})
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    results.parent.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(jobs or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         bases = {pool.submit(prepare, seed): seed for seed in seeds}
@@ -345,7 +345,7 @@ def run_all(experiments, seeds=SEEDS, jobs=None):
                             function = experiments[experiment][arm]
                             waiting.add(pool.submit(run_arm, function, experiment, arm, seed))
                 else:
-                    write_jsonl(RESULTS, [row], "a")
+                    write_jsonl(results, [row], "a")
 
 
 def add_options(parser):
@@ -363,7 +363,7 @@ def main():
     unknown = sorted(set(names) - set(EXPERIMENTS))
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(EXPERIMENTS)}")
-    run_all({name: EXPERIMENTS[name] for name in names}, args.seeds, args.jobs)
+    run_all({name: EXPERIMENTS[name] for name in names}, RESULTS, args.seeds, args.jobs)
     report.write(RESULTS, OUT)
 
 

@@ -55,6 +55,15 @@ def test_fits_find_what_made_the_points():
     assert report.fit(x, noise)[2] == pytest.approx(np.corrcoef(x, noise)[0, 1] ** 2)
 
 
+def test_missing_arms_are_those_without_a_row(tmp_path):
+    results = tmp_path / "results.jsonl"
+    experiments = {"one": {"a": None, "b": None}}
+    assert len(lab.missing_arms(experiments, (1, 2), results)) == 4
+    results.write_text(json.dumps({"experiment": "one", "arm": "a", "seed": 2}) + "\n")
+    missing = lab.missing_arms(experiments, (1, 2), results)
+    assert missing == [("one", "a", 1), ("one", "b", 1), ("one", "b", 2)]
+
+
 # ---------------------------------------------------------------------------- mistakes
 
 
