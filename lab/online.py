@@ -36,6 +36,7 @@ UPDATES = 20  # of PPO
 RM = "config/toy_rm.py --batch_size=16 --micro_batch_size=16 --episodes=640 --warmup_steps=5"
 PPO = ["config/toy_ppo.py", f"--episodes={UPDATES * BATCH}", "--n_minibatches=4", "--n_epochs=1", "--members=3"]
 PPO += ["--micro_batch_size=16", "--labeller=toy.gold", "--device=cpu", "--accept_changes"]
+PPO += ["--kl_coef=0", "--schedule=constant"]  # nothing holds it back: where the reward model is wrong, it goes
 PPO += ["--samples_every=1", f"--samples_rows={BATCH}"]  # every response is written, for gold
 # arm -> (rounds, how pairs are chosen)
 ARMS = {
