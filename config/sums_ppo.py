@@ -4,18 +4,18 @@ scorer = "toy.sums"
 data = "out/sums/data/sft_{split}.jsonl"
 out_dir = "out/sums/ppo"
 seed = 1
-# 16 sums an update, each answered 8 times
-batch_size = 128
+# 64 sums an update, each answered 8 times; with 16, and a higher lr, the reward fell before it rose
+batch_size = 512
 group_size = 8
-episodes = 300 * 128
+episodes = 120 * 512
 n_epochs = 2
 n_minibatches = 2
-micro_batch_size = 64
-rollout_micro_batch_size = 128
+micro_batch_size = 128
+rollout_micro_batch_size = 256
 response_length = 4
 temperature = 1.0
 missing_eos_score = 0.0  # as any other wrong answer
 kl_coef = 0.0  # what is right needs no guard against a reward model's mistakes
-lr = 7e-4
-warmup_steps = 5
+lr = 5e-4
+warmup_steps = 3
 adam_eps = 1e-8
