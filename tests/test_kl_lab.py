@@ -13,7 +13,7 @@ import ppo
 from variants import kl_estimators
 
 pytest.importorskip("matplotlib")
-from lab import kl  # noqa: E402
+from lab import kl, report  # noqa: E402
 
 # A policy of three answers by its logits, and the probabilities of a reference.
 LOGITS = [0.5, -0.2, 0.1]
@@ -165,3 +165,13 @@ def test_descent_ends_where_its_divergence_says(estimator, where, best):
     else:
         torch.testing.assert_close(path[-1], ends[best], rtol=0, atol=1e-3)
         assert (path[-1] - ends[1 - best]).abs().max() > 0.02
+
+
+# ---------------------------------------------------------------------------- what is published
+
+
+def test_published_tables_are_those_of_the_published_results():
+    rows = report.read(report.ROOT / "lab" / "kl.jsonl")
+    page = (report.ROOT / "lab" / "kl.md").read_text(encoding="utf-8")
+    for _, table, _ in kl.PARTS.values():
+        assert report.markdown(table(rows)) in page
