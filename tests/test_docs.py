@@ -101,6 +101,8 @@ def known_options(script, arguments):
         modules.append(script.removesuffix(".py").replace("/", "."))
     if script == "sample.py" and "--judge=" in " ".join(arguments):
         modules = ["evals.winrate"]
+    if script == "sample.py" and "--scorer=" in " ".join(arguments):
+        modules = ["evals.passk"]
     for module in modules:
         known.update(field.name for field in fields(importlib.import_module(module).Config))
     return known
