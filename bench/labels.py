@@ -3,7 +3,7 @@
     pip install --no-deps -r requirements-llm.txt
     python bench/labels.py toy 200                                     # pairs of toy/make_data.py, one principle each
     python bench/labels.py toy 100 3                                   # three principles each
-    python bench/labels.py ../shared/data/tldr_sample/comparisons_train.jsonl 200
+    python bench/labels.py $NPLUS_DATA/tldr_sample/comparisons_train.jsonl 200
 
 The model and its server are those of toy/small_model.py. A stopped run goes on: replies are kept in out/labels. CPU
 seconds are of this process, the server's thread among them, and of the answers that this run has asked for.
