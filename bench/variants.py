@@ -46,7 +46,7 @@ class Arm(NamedTuple):
 
 
 PPO_ARMS = {
-    "ppo": Arm("ppo.py", "PPO, arXiv:1707.06347", "test_details.py"),
+    "ppo": Arm("ppo.py", "PPO, arXiv:1707.06347", "tests/test_details.py"),
     "truly_ppo": Arm("-m variants.truly_ppo", "rollback beyond the clip (PPO-RB), arXiv:1903.07940",
                      "test_rollback_matches_numbers_by_hand"),
     "trust_region": Arm("-m variants.truly_ppo --form=trust_region", "no gradient from a KL on (TR-PPO)",
@@ -60,9 +60,9 @@ PPO_ARMS = {
     "early_stop": Arm("-m variants.early_stop", "an update ends at a KL, Spinning Up",
                       "test_early_stop_leaves_out_the_later_steps"),
     "k2_in_loss": Arm("-m variants.kl_estimators --kl_estimator=k2 --kl_in=loss",
-                      "the penalty in the loss, by k2, arXiv:2510.01555", "test_kl_lab.py"),
+                      "the penalty in the loss, by k2, arXiv:2510.01555", "tests/test_kl_lab.py"),
     "k3_in_loss": Arm("-m variants.kl_estimators --kl_estimator=k3 --kl_in=loss", "the same by k3, arXiv:2512.21852",
-                      "test_kl_lab.py"),
+                      "tests/test_kl_lab.py"),
     "reference_ema": Arm("-m variants.reference_ema --ema=0.02", "the reference follows, arXiv:2404.10719",
                          "test_a_reference_that_follows_is_in_the_checkpoint"),
     "importance": Arm("-m variants.importance --dtype=bfloat16",
@@ -90,7 +90,7 @@ PPO_ARMS = {
 }  # fmt: skip
 FAMILY = "test_dpo_loss_of_each_type_matches_table"
 DPO_ARMS = {
-    "dpo": Arm("dpo.py", "DPO, arXiv:2305.18290", "test_math.py"),
+    "dpo": Arm("dpo.py", "DPO, arXiv:2305.18290", "tests/test_math.py"),
     "hinge": Arm("dpo.py --loss_type=hinge", "SLiC's hinge, arXiv:2309.06657", FAMILY),
     "ipo": Arm("dpo.py --loss_type=ipo", "a squared distance, arXiv:2310.12036", FAMILY),
     "ipo_norm": Arm("-m variants.dpo_losses --loss_type=ipo_norm", "per token, as in newer TRL", FAMILY),
