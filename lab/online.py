@@ -31,6 +31,7 @@ from variants import online_rlhf  # noqa: E402
 SEEDS = (1, 2, 3)
 OUT = ROOT / "out" / "online"
 LABELS = 400  # in all rounds together
+POOL = 1200  # posts that get two responses in each round: later policies give few that differ
 BATCH = 64  # episodes of an update of PPO, in 4 minibatches, one epoch
 UPDATES = 20  # of PPO
 RM = "config/toy_rm.py --batch_size=16 --micro_batch_size=16 --episodes=640 --warmup_steps=5"
@@ -73,7 +74,7 @@ def run_arm(arm, seed):
         f"--out_dir={directory}",
         f"--rounds={rounds}",
         f"--n_labels={n_labels}",
-        f"--pool={3 * n_labels}",
+        f"--pool={POOL}",
         f"--choose={choose}",
         f"--rm_options={RM} --normalize_data={shlex.quote(str(references))}",
     ]
@@ -139,15 +140,17 @@ def ends(rows, arm, name):
 
 
 def table(rows):
-    yield "arm", "labels", "gold (by seed)", "proxy", "KL", "tokens", "gold after each round"
+    yield "arm", "labels", "gold (by seed)", "its best", "proxy", "KL", "tokens", "gold after each round"
     for arm in arms_of(rows):
         labels = [sum(curves["labels"] for curves in rounds) for rounds in select(rows, arm)]
         last = {name: ends(rows, arm, name)[:, -1] for name in ("gold", "proxy", "kl", "tokens")}
+        best = [report.smooth(rounds[-1]["gold"]).max() for rounds in select(rows, arm)]
         gold_of_rounds = ends(rows, arm, "gold").mean(0)
         yield (
             arm,
             f"{np.mean(labels):.0f}",
             report.mean_and_seeds(last["gold"]),
+            report.mean_and_seeds(best),
             report.mean_and_seeds(last["proxy"]),
             float(last["kl"].mean()),
             float(last["tokens"].mean()),
@@ -157,20 +160,21 @@ def table(rows):
 
 def figure(rows):
     found, axes = report.panels(3, 3.2)
-    draw_first_round(axes[0], select(rows, "4 rounds, random"))
+    draw_one_round(axes[0], select(rows, "1 round"))
     draw_rounds(axes[1], select(rows, "4 rounds, random"))
     draw_ends(axes[2], rows)
     return found
 
 
-def draw_first_round(axis, runs):
-    """Proxy and gold where there are few labels and nobody labels again; thin: each seed."""
+def draw_one_round(axis, runs):
+    """Proxy and gold where nobody labels again; thin: each seed."""
     for name, style, colour in (("proxy", "--", report.PROXY), ("gold", "-", report.GOLD)):
         curves = [report.smooth(rounds[0][name]) for rounds in runs]
         for curve in curves:
             axis.plot(curve, style, color=colour, alpha=0.6, lw=1)
         axis.plot(np.mean(curves, axis=0), style, color=colour, lw=2.5, label=name)
-    axis.set(title=f"one round, {LABELS // 4} labels", xlabel="update")
+    axis.set_title(f"one round, {LABELS} labels", fontsize=9)
+    axis.set_xlabel("update")
     axis.legend(fontsize=8, frameon=False)
 
 
@@ -180,8 +184,8 @@ def draw_rounds(axis, runs):
         curves = [report.smooth(rounds[number]["gold"]) for rounds in runs]
         alpha = 0.25 * (number + 1)
         axis.plot(np.mean(curves, axis=0), color=report.BLUE, alpha=alpha, label=f"round {number + 1}")
-    axis.set(title=f"gold, {LABELS // 4} random labels more each round", xlabel="update")
-    axis.title.set_fontsize(9)
+    axis.set_title(f"gold, {LABELS // 4} more random labels each round", fontsize=9)
+    axis.set_xlabel("update")
     axis.legend(fontsize=8, frameon=False)
 
 
