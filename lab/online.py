@@ -161,8 +161,10 @@ def table(rows):
 def figure(rows):
     found, axes = report.panels(3, 3.2)
     draw_one_round(axes[0], select(rows, "1 round"))
-    draw_rounds(axes[1], select(rows, "4 rounds, random"))
-    draw_ends(axes[2], rows)
+    draw_ends(axes[1], rows)
+    four = select(rows, "4 rounds, random")
+    if four:  # these come last
+        draw_rounds(axes[2], four)
     return found
 
 
