@@ -212,12 +212,14 @@ def stage(main):
     @functools.wraps(main)
     def wrapped(cfg, *args, **kwargs):
         handlers = {number: signal.getsignal(number) for number in Signals.numbers}
+        is_inside = dist.is_initialized()  # of another stage, which goes on in the same processes
         try:
             with contextlib.suppress(Done):
                 main(cfg, *args, **kwargs)
-            if dist.is_initialized():  # not by a stage inside this one
+            if dist.is_initialized():
                 dist.barrier()  # a process that tears down early can abort the others
-                dist.destroy_process_group()
+                if not is_inside:
+                    dist.destroy_process_group()
         except KeyboardInterrupt as interrupt:
             if main.__module__ != "__main__":
                 raise  # a notebook shows it
@@ -237,6 +239,9 @@ def stage(main):
             raise
         finally:
             set_handlers(handlers)
+            # After an error a notebook goes on; of several processes each ends.
+            if dist.is_initialized() and dist.get_world_size() == 1 and not is_inside:
+                dist.destroy_process_group()
 
     return wrapped
 

@@ -17,8 +17,6 @@ people, who err (variants/labellers.py). Several reward models are an ensemble, 
 labelled (variants/ensemble.py).
 """
 
-import contextlib
-import inspect
 import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -87,9 +85,7 @@ def train_policy(cfg, world, directory, members):
 
 def train(world, script, cfg, **doors):
     """Run a stage, unless it is complete; returns the directory of its model. If it was stopped, so is all."""
-    with contextlib.suppress(Done):
-        # Not through its decorator `stage`, which ends the process group: torchrun's cannot be joined twice.
-        inspect.unwrap(script.main)(cfg, **doors)
+    script.main(cfg, **doors)
     final = Path(cfg.out_dir) / "final"
     if not world.agree_on(final.exists()):
         raise Done
