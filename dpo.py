@@ -33,7 +33,7 @@ class Config(TrainConfig):
     # ---- loss
     beta: Positive = 0.05  # strength of the pull towards the reference
     loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"  # more: variants/dpo_losses.py
-    label_smoothing: Share = 0.0  # probability that a label is wrong, for sigmoid
+    label_smoothing: Share = 0.0  # probability that a label is wrong, for loss_type sigmoid
     sft_coef: float = 0.0  # weight of an added SFT loss, per token of the chosen responses
 
 
@@ -42,8 +42,8 @@ def main(cfg, loss=None, before_batch=None, kept=()):
     """Load data and models, train, evaluate, and write out_dir/final. All but cfg are doors:
 
     loss(cfg, logprobs, micro) -> (B,), (B, 2)      in place of `pair_loss`
-    before_batch(run, model, batch, columns)        before each update: `batch` has its pairs, and `columns`, a dict to
-                                                    add to, what `loss` finds of them in `micro`: a tensor each
+    before_batch(run, model, batch, columns)        before each update, of whose pairs `batch` is: may add tensors with
+                                                    a row for each to the dict `columns`; `loss` finds them in `micro`
     kept                                            {name: module} that a checkpoint keeps, besides the policy
     """
     if loss is None:

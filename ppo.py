@@ -362,7 +362,7 @@ def ppo_update(run, cfg, policy, critic, queries, batch, token_loss, before_step
     the last, and what before_step adds is from its last call.
     """
     n_steps = cfg.n_epochs * cfg.n_minibatches
-    policy_learns = run.step >= cfg.critic_steps
+    policy_learns = critic is None or run.step >= cfg.critic_steps
     shares = []  # each micro-batch's statistics / n_steps: summed over all steps and ranks they are the logged means
     added = {}  # what before_step has added to the metrics
     for number, indices in enumerate(minibatch_indices(cfg, run.step)):
@@ -441,7 +441,7 @@ def actor_loss(cfg, token_loss, new_logprobs, micro, total_weight, new_entropy=N
     pg_loss = token_loss(cfg, new_logprobs, micro)  # (B, R)
     with torch.no_grad():
         ratio = torch.exp(new_logprobs - logprobs)
-        # Where PPO's clip takes the gradient away, or, in a variant, would.
+        # By PPO's clip of each token's ratio: a variant with another clip, or none, is not described by it.
         clipped = ratio.clamp(1 - cfg.cliprange, 1 + cfg.cliprange)
         is_clipped = micro["advantages"] * clipped < micro["advantages"] * ratio
         stats = {
@@ -567,7 +567,7 @@ def main(cfg, score=None, advantages=advantages, token_loss=clipped_surrogate, w
     # Of each row the query alone is read.
     world, data = start(cfg, 0, models, functions, n_minibatches=cfg.n_minibatches)
     n_vocab = data.tokenizer.n_vocab
-    # Beyond these limits the policy would never learn, or no response ever end.
+    # At these limits or above, the policy never learns, or no response can end.
     limits = dict(critic_steps=data.n_updates, truncate_token=n_vocab, truncate_after=cfg.response_length)
     for name, limit in limits.items():
         require(getattr(cfg, name) < limit, f"{name} must be below {limit} in this run; lower it")

@@ -304,6 +304,7 @@ def read_principles(path, n_needed):
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     wrong = f"principles {path}: has {len(lines)} lines; write {n_needed} at the least"
     require(len(lines) >= n_needed, wrong)
+    require(len(set(lines)) == len(lines), f"principles {path}: a line stands there twice; take one out")
     return lines
 
 
@@ -369,6 +370,7 @@ def ask_preferences(judge, pairs, principles, cache, thoughts=False, **options):
     """How likely it is by `judge` that a pair's response keeps better to a principle than the other text does.
 
     principles: a list for each pair. thoughts: the model reasons before it answers. cache, options: as in ask_each.
+    The server must go on with a last turn that is the model's, as llama.cpp's does; not all do.
     Returns for each pair {(principle, swapped): p}, where swapped tells whether the other text stood first; without
     those of which the answer, or the thought, could not be had, or is neither A nor B.
     """

@@ -4,10 +4,11 @@
     torchrun --nproc_per_node=8 -m evals.passk --scorer=my.answers --model=out/grpo_1b/final --data=... --n_samples=64
 
 The scorer is a Python module with score(queries, responses, rows) -> floats, 1 for right and 0 for wrong: two lists of
-texts, and the data's rows, so that it can look up an answer. A response that is cut off is scored as it stands.
+texts, and the data's rows, so that it can look up an answer. A response that is cut off is scored as it stands; in
+training it has missing_eos_score.
 
 Prints pass@1, pass@2, pass@4 .. pass@n_samples, each with the 95 % bootstrap interval over the queries. With out_dir:
-samples.jsonl (query, response, which is the first sample, correct, how many samples are right, and n_samples) and
+samples.jsonl, a row per query (query, its first response, correct: how many samples are right, n_samples), and
 summary.json.
 """
 

@@ -349,7 +349,7 @@ def test_dpo_losses_add_up_with_their_weights():
     [
         ("sigmoid,ipo", "1", "names 2 losses, loss_weights 1 weights; give one for each"),
         ("sigmoid,ipo", "1,much", "'1,much' are no numbers"),
-        ("sigmoid,sofa", "", "'sofa' is not known; use sigmoid, .*, sft"),
+        ("sigmoid,sofa", "", "'sofa' is not known; use sft, sigmoid, robust, "),
     ],
 )
 def test_dpo_weights_must_fit_the_losses(loss_type, loss_weights, message):

@@ -355,3 +355,42 @@ def test_kl_in_the_loss_leaves_the_reward_alone(pipeline):
     assert rows[1]["objective/kl"] != 0
     with pytest.raises(UserError, match="kl_target adapts a penalty in the reward"):
         run(pipeline, "kl_target_in_loss", kl_estimators, kl_in="loss", kl_target=6.0)
+
+
+@pytest.mark.parametrize(
+    "module, options, message",
+    [
+        (grpo, dict(group_size=4, kl_target=6.0), "kl_target adapts a penalty in the reward"),
+        (online_dpo, dict(n_epochs=1, kl_target=6.0), "kl_target adapts a penalty in the reward"),
+        (reinforce_pp, dict(lam=0.95), "lam 0.95: without a critic"),
+        (reinforce_pp, dict(whiten_advantages=False), "whitening is the baseline"),
+        (importance, dict(max_weight=0.5), "max_weight 0.5: no weight could be 1"),
+        (kl_penalty, dict(critic_steps=1), "critic_steps: beta would fall"),
+        (kl_penalty, dict(n_epochs=1), "beta would see no KL"),
+        (sequence_ratio, dict(group_size=4, ratio_of="token"), "clip_low 0.2 and clip_high 0.28 suit"),
+        (ptx, dict(), "ptx_coef 0: nothing would be mixed in"),
+        (reference_ema, dict(ema=1.5), "ema 1.5: a share is at most 1"),
+    ],
+)
+def test_what_a_variant_would_silently_ignore_is_refused(pipeline, module, options, message):
+    with pytest.raises(UserError, match=message):
+        run(pipeline, "refused", module, **options)
+
+
+def test_an_adaptive_penalty_works_in_rloo(pipeline):
+    _, rows = run(pipeline, "rloo_adapts", rloo, group_size=4, kl_target=1e-3, kl_horizon=100, lr=3e-3, episodes=32)
+    assert rows[-1]["objective/kl_coef"] != rows[0]["objective/kl_coef"] == 0.05
+
+
+def test_critic_steps_do_not_stop_a_policy_without_a_critic(pipeline):
+    plain, _ = run(pipeline, "no_critic_steps", grpo, group_size=4)
+    asked, _ = run(pipeline, "with_critic_steps", grpo, group_size=4, critic_steps=1)
+    assert all(torch.equal(policy_of(plain)[name], weight) for name, weight in policy_of(asked).items())
+
+
+def test_aot_refuses_soft_labels(pipeline, tmp_path):
+    row = {"prompt": "a:", "chosen": " b", "rejected": " c", "target": 0.7}
+    data = tmp_path / "soft.jsonl"
+    data.write_text((json.dumps(row) + "\n") * 8)
+    with pytest.raises(UserError, match="soft labels .target. are for variants/dpo_losses.py"):
+        dpo_run(pipeline, "aot_soft", aot, data=str(data))

@@ -92,7 +92,7 @@ def test_grpo_adds_k3_to_the_clipped_surrogate():
 
 def test_rloo_takes_the_others_as_the_baseline():
     """Scores 1, 2, 5, 8; the KL of a whole answer comes off its score first."""
-    cfg = SimpleNamespace(group_size=4, kl_coef=0.5)
+    cfg = rloo.Config(group_size=4, kl_coef=0.5)
     batch = tiny(1.0, 2.0, 5.0, 8.0)
     expected = torch.tensor([-4.0, -8 / 3, 4 / 3, 16 / 3])
     torch.testing.assert_close(rloo.advantages(cfg, batch, {})["advantages"], expected[:, None].expand(4, 3))

@@ -45,7 +45,7 @@ def serve(n_threads=1, longest=LONGEST):
     # 0.05. So one label would depend on the others that were asked for. (And up to 8 GiB of that would be kept.)
     settings.cache_prompt = False
     settings.cache_ram_mib = 0
-    # Of itself llama.cpp draws from the likeliest tokens alone, at any temperature; no field of OpenAI's says so.
+    # llama.cpp cuts off unlikely tokens by default, at any temperature, and a request cannot switch all of that off.
     settings.sampling.top_k = 0
     settings.sampling.top_p = 1.0
     settings.sampling.min_p = 0.0

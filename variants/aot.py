@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import dpo
-from configurator import configure
+from configurator import configure, require
 from variants import dpo_formulas
 
 
@@ -24,7 +24,7 @@ class Config(dpo.Config):
 
 
 def sides(cfg, logprobs, ref_logprobs):
-    """The two values (B,) of each pair, of which the first shall be above the second."""
+    """Two values (B,) for each pair; the loss pushes the first above the second."""
     if cfg.loss_type == "aot":
         margin = logprobs[:, 0] - logprobs[:, 1]
         ref_margin = ref_logprobs[:, 0] - ref_logprobs[:, 1]
@@ -33,9 +33,12 @@ def sides(cfg, logprobs, ref_logprobs):
 
 
 def before_batch(run, model, batch, columns):
-    """Add the values (B, 2) that each pair's two meet."""
-    logprobs = dpo.predict(run.cfg, run.world, run.tokenizer.n_vocab, model, batch)
-    above, below = sides(run.cfg, logprobs, columns["ref_logprobs"])
+    """Add, for each pair's two values, the one of the other kind that has the same rank in the batch."""
+    cfg = run.cfg
+    is_hard = min(batch["target"]) == 1
+    require(is_hard, f"{cfg.data}: soft labels (target) are for variants/dpo_losses.py")
+    logprobs = dpo.predict(cfg, run.world, run.tokenizer.n_vocab, model, batch)
+    above, below = sides(cfg, logprobs, columns["ref_logprobs"])
     columns["below"] = of_equal_rank(above, below)
     columns["above"] = of_equal_rank(below, above)
 
@@ -49,7 +52,7 @@ def of_equal_rank(values, others):
 def pair_loss(cfg, logprobs, micro):
     above, below = sides(cfg, logprobs, micro["ref_logprobs"])
     losses = sigmoid(cfg, above, micro["below"])
-    # The same two meet again in the row of `below`: of that only the gradient counts, which is that of `below`.
+    # This row's `below` is met in another row, where its value is counted: here only its gradient.
     again = sigmoid(cfg, micro["above"], below)
     rewards = cfg.beta * (logprobs - micro["ref_logprobs"])
     return losses + again - again.detach(), rewards
@@ -60,6 +63,7 @@ def sigmoid(cfg, above, below):
 
 
 def main(cfg):
+    require(cfg.label_smoothing < 0.5, f"label_smoothing {cfg.label_smoothing}: take one below 0.5")
     dpo.main(cfg, loss=pair_loss, before_batch=before_batch)
 
 

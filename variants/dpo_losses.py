@@ -38,7 +38,7 @@ def weights_of(cfg):
     with explain(f"loss_weights {cfg.loss_weights!r} are no numbers; write 0.8,0.2", ValueError):
         weights = list(map(float, split_names(cfg.loss_weights)))
     counts = f"loss_type names {len(names)} losses, loss_weights {len(weights)} weights"
-    require(len(names) == len(weights), f"{counts}; give one for each")
+    require(len(set(names)) == len(weights), f"{counts}; give one for each")
     return dict(zip(names, weights))
 
 
@@ -47,8 +47,7 @@ def check_losses(cfg):
     epsilon = cfg.label_smoothing
     for name in weights_of(cfg):
         plain = name.removesuffix("_norm")
-        known = ", ".join([*LOSSES, "sft"])
-        require(plain in LOSSES or name == "sft", f"loss_type {name!r} is not known; use {known}")
+        require(plain in LOSSES or name == "sft", f"loss_type {name!r} is not known; use sft, {', '.join(LOSSES)}")
         takes_one = plain in SMOOTHED and epsilon < 0.5
         wrong = f"label_smoothing {epsilon} does not fit loss_type {name!r}"
         require(epsilon == 0 or takes_one, f"{wrong}; {', '.join(SMOOTHED)} take one below 0.5")
@@ -58,8 +57,10 @@ def check_losses(cfg):
 def before_batch(run, model, batch, columns):
     """Add what `pair_loss` needs: lengths (B, 2), and the probability (B,) that the label is wrong."""
     cfg = run.cfg
-    fits = cfg.loss_type in ("sigmoid", "sigmoid_norm") or min(batch["target"]) == 1
-    require(fits, f"{cfg.data}: soft labels (target) are for loss_type sigmoid alone")
+    if run.step == 0:
+        is_hard = min(run.rows["target"]) == 1
+        fits = is_hard or cfg.loss_type in ("sigmoid", "sigmoid_norm", "sigmoid,sft")
+        require(fits, f"{cfg.data}: soft labels (target) are for loss_type sigmoid alone")
     lengths = [list(map(len, pair)) for pair in batch["responses"]]
     columns["lengths"] = torch.tensor(lengths, device=run.world.device)
     wrong = 1 - torch.tensor(batch["target"], device=run.world.device)

@@ -1,11 +1,11 @@
 """Dr. GRPO (arXiv:2503.20783): GRPO without its two biases, the deviation of the group and the length of the answer.
 
-    python -m variants.dr_grpo config/toy_ppo.py --out_dir=out/toy/dr_grpo
-    torchrun --nproc_per_node=8 -m variants.dr_grpo config/ppo_1b.py --kl_coef=0 --out_dir=out/dr_grpo_1b
+    python -m variants.dr_grpo config/toy_ppo.py --kl_coef=0.05 --out_dir=out/toy/dr_grpo
+    torchrun --nproc_per_node=8 -m variants.dr_grpo config/ppo_1b.py --out_dir=out/dr_grpo_1b
 
 An answer's advantage is score - mean of its group: queries on which all answers do about the same are not blown up. The
 loss is the sum over all tokens, divided by the number of answers and by response_length, a constant: long bad answers
-are not spared. The paper has no penalty (kl_coef 0); here it is GRPO's.
+are not spared. kl_coef, 0 as in the paper, weighs GRPO's penalty.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from variants import grpo
 
 @dataclass
 class Config(grpo.Config):
-    pass
+    kl_coef: float = 0.0
 
 
 def advantages(cfg, batch, state):

@@ -28,14 +28,14 @@ class EarlyStop:
     def token_loss(self, cfg, new_logprobs, micro):
         # Once the policy has stopped there is no gradient, and nobody asks.
         if new_logprobs.requires_grad:
-            fall = (micro["logprobs"] - new_logprobs) * micro["mask"]
-            self.parts.append({"fall": fall.sum(), "tokens": micro["mask"].sum()})
+            old_minus_new = (micro["logprobs"] - new_logprobs) * micro["mask"]
+            self.parts.append({"sum": old_minus_new.sum(), "tokens": micro["mask"].sum()})
         return ppo.clipped_surrogate(cfg, new_logprobs, micro)
 
     def before_step(self, run, cfg, metrics):
         sums = run.world.sum_scalars(self.parts)
         self.parts.clear()
-        kl = sums["fall"] / sums["tokens"]
+        kl = sums["sum"] / sums["tokens"]
         metrics["policy/old_new_kl"] = kl
         return kl > 1.5 * cfg.target_kl
 

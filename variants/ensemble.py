@@ -6,6 +6,8 @@
 Each member learns from rows drawn with replacement (`bootstrap`, arXiv:1706.03741 section 2.2.3); where members
 disagree, the rows have told them little. Normalise them one by one (rm.py --normalize_std), or the one with the widest
 scale decides alone. variants/online_rlhf.py trains such an ensemble, and lets it choose what is labelled.
+
+differs: the variance is the unbiased one; the paper divides by the number of members.
 """
 
 import functools

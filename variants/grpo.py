@@ -5,7 +5,8 @@
 
 An answer's advantage is (score - mean of its group) / (standard deviation of its group + 1e-4), the same for all its
 tokens; the deviation is the unbiased one, as in TRL. Every answer weighs the same, however long it is. The penalty, k3
-of the KL to the reference, stands in the loss, not in the reward.
+of the KL to the reference, stands in the loss. objective/kl_coef and objective/rlhf_reward speak of a penalty in the
+reward: here they are 0, and the score.
 """
 
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ def reference_kl(new_logprobs, micro):
 
 def require_group(cfg):
     require(cfg.group_size > 1, f"group_size {cfg.group_size}: an answer alone has no group; take 2 or more")
+    require(cfg.kl_target == 0, "kl_target adapts a penalty in the reward, and here is none; leave it 0")
 
 
 def main(cfg, score=None):

@@ -1,4 +1,4 @@
-"""Importance weights between sampler and trainer: they are two programs, and round differently.
+"""Importance weights between sampler and trainer, which round differently: tokens are drawn by another policy.
 
     python -m variants.importance config/toy_ppo.py --dtype=bfloat16 --out_dir=out/toy/importance
     torchrun --nproc_per_node=8 -m variants.importance config/ppo_1b.py --correction=mask --out_dir=out/importance_1b
@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 import ppo
-from configurator import Positive, configure
+from configurator import Positive, configure, require
 
 
 @dataclass
@@ -41,6 +41,7 @@ def importance_weights(gap, correction, max_weight):
 
 
 def main(cfg, score=None):
+    require(cfg.max_weight >= 1, f"max_weight {cfg.max_weight}: no weight could be 1; take 1 or more")
     ppo.main(cfg, score, advantages=advantages)
 
 

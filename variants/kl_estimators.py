@@ -35,7 +35,7 @@ def estimate(log_ratio, kind):
 
 
 def advantages(cfg, batch, state):
-    """ppo.advantages of the penalty as it is paid; `kl`, which is logged, stays k1."""
+    """ppo.advantages of the penalty as it is paid; what is logged (kl, non_score_reward) stays that of k1."""
     penalty = estimate(batch["kl"], cfg.kl_estimator)
     if cfg.kl_in == "loss":
         penalty = torch.zeros_like(penalty)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 import ppo
-from configurator import Positive, configure
+from configurator import Positive, configure, require
 
 
 @dataclass
@@ -24,7 +24,8 @@ class Config(ppo.Config):
 
 def advantages(cfg, batch, state):
     batch = ppo.advantages(cfg, batch, state)
-    state["beta"] = adapt(state.get("beta", cfg.beta), state.get("update_kl", cfg.kl_step), cfg.kl_step)
+    last_kl = state.get("update_kl", cfg.kl_step)
+    state["beta"] = adapt(state.get("beta", cfg.beta), last_kl, cfg.kl_step)
     batch["beta"] = torch.full_like(batch["scores"], state["beta"])  # a column, for token_loss sees a batch alone
     return batch
 
@@ -44,6 +45,9 @@ def token_loss(cfg, new_logprobs, micro):
 
 
 def main(cfg, score=None):
+    n_steps = cfg.n_epochs * cfg.n_minibatches
+    require(n_steps > 1, "one step an update: beta would see no KL, and go to 0; raise n_epochs")
+    require(cfg.critic_steps == 0, "critic_steps: beta would fall meanwhile; leave it 0")
     ppo.main(cfg, score, advantages=advantages, token_loss=token_loss)
 
 

@@ -4,9 +4,12 @@
     torchrun --nproc_per_node=8 -m variants.online_dpo config/ppo_1b.py --out_dir=out/online_dpo_1b
 
 DPO's loss of a pair is -log sigmoid(beta m), m the difference of the answers' log-ratios to the reference, and its
-gradient is -beta (1 - sigmoid(beta m)) times that of log p(chosen) - log p(rejected). Each batch makes one step, by the
-policy that has sampled it: there m is known before, from the rollout. So DPO is a policy gradient, whose advantages
-are +-beta (1 - sigmoid(beta m)).
+gradient is -beta (1 - sigmoid(beta m)) times that of log p(chosen) - log p(rejected). A batch is used for one step
+only, and by the policy that sampled it. So m is known from the rollout, and the gradient is a policy gradient with
+advantages +-beta (1 - sigmoid(beta m)).
+
+differs: a reward model compares the answers, where the paper asks a language model; log-probabilities are at the
+temperature of sampling, so that the same beta pulls otherwise than in dpo.py.
 """
 
 from dataclasses import dataclass
@@ -59,6 +62,7 @@ def token_loss(cfg, new_logprobs, micro):
 
 
 def main(cfg, score=None):
+    require(cfg.kl_target == 0, "kl_target adapts a penalty in the reward, and here is none; leave it 0")
     require(cfg.group_size == 2, f"group_size {cfg.group_size}: DPO compares two answers; take 2")
     steps = cfg.n_epochs * cfg.n_minibatches
     require(steps == 1, f"{steps} steps on a batch, but only the first is by its sampler; take 1")

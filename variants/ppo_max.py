@@ -53,7 +53,9 @@ def normalize_scores(scores, moments, how):
     shift = x.mean().item() - mean
     squares += ((x - x.mean()) ** 2).sum().item() + shift**2 * count * len(x) / n
     mean += shift * len(x) / n
-    std = (squares / max(n - 1, 1)) ** 0.5 or 1.0
+    std = (squares / max(n - 1, 1)) ** 0.5
+    if std == 0:
+        std = 1.0  # all scores are equal
     if how == "normalize":
         x = x - mean
     return (x / std).float(), (n, mean, squares)

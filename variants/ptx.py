@@ -7,7 +7,7 @@
 from dataclasses import dataclass
 
 import ppo
-from configurator import configure
+from configurator import configure, require
 from data import batch_indices, collate
 from hub.tokenizer import Tokenizer
 from runtime import World, backward, check_rows, load_split, stage
@@ -47,7 +47,7 @@ class PretrainingMix:
 
 
 def accumulate(run, cfg, rows):
-    """(PPO-ptx: arXiv:2203.02155 eq. 2)"""
+    """Accumulate the gradient of ptx_coef * loss on these rows; returns the loss, the mean of -log p per token."""
     n_tokens = sum(len(responses[0]) for responses in rows["responses"])
     parts = []
     for indices in run.micro_batches(rows["length"]):
@@ -62,6 +62,7 @@ def accumulate(run, cfg, rows):
 
 @stage
 def main(cfg, score=None):
+    require(cfg.ptx_coef > 0, "ptx_coef 0: nothing would be mixed in; give --ptx_coef=0.1")
     ppo.main(cfg, score, before_step=PretrainingMix(cfg))
 
 

@@ -5,7 +5,8 @@
 
 Every sync_every updates: reference <- ema policy + (1 - ema) reference. The first launch line is the exponential moving
 average of arXiv:2404.10719 (whose code has 0.001 for runs of many more updates); the second TRL's sync_ref_model. The
-reference is in the checkpoints: a resumed run goes on with the one it had.
+reference is in the checkpoints: a resumed run goes on with the one it had. objective/kl is the KL to the reference as
+it is now, no longer that to the SFT model.
 """
 
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 import ppo
-from configurator import configure
+from configurator import configure, require
 
 
 @dataclass
@@ -27,6 +27,8 @@ def advantages(cfg, batch, state):
 
 
 def main(cfg, score=None):
+    require(cfg.lam == 1, f"lam {cfg.lam}: without a critic it would only discount; leave it 1")
+    require(cfg.whiten_advantages, "whitening is the baseline here; leave whiten_advantages on")
     ppo.main(cfg, score, advantages=advantages, with_critic=False)
 
 

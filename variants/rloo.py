@@ -5,6 +5,8 @@
 
 A whole answer is one action: its reward is the score minus kl_coef times its KL, its probability the product of its
 tokens', and PPO's clip bounds the ratio of that. Each of its tokens carries the answer's loss.
+
+differs: the paper takes one step without a clip (--n_epochs=1 does so); several steps on a batch need one.
 """
 
 from dataclasses import dataclass
@@ -19,12 +21,12 @@ class Config(ppo.Config):
 
 
 def advantages(cfg, batch, state):
-    rewards = batch["scores"] - cfg.kl_coef * batch["kl"].sum(1)
+    state["kl_coef"] = ppo.next_kl_coef(cfg, state)
+    rewards = batch["scores"] - state["kl_coef"] * batch["kl"].sum(1)
     groups = rewards.view(-1, cfg.group_size)
     others = (groups.sum(1, keepdim=True) - groups) / (cfg.group_size - 1)
     mask = batch["mask"]
     weights = mask / mask.sum(1, keepdim=True)  # the tokens of an answer share its loss
-    state["kl_coef"] = cfg.kl_coef
     return {**batch, "advantages": (groups - others).view(-1, 1) * mask, "weights": weights}
 
 

@@ -7,7 +7,7 @@
 
 An answer's ratio is exp(mean log-ratio of its tokens): it does not grow with length, as a product does, and its bounds
 are narrow. The second line is the clip of DAPO (arXiv:2503.14476 eq. 10): token by token, and wider above, so that
-unlikely tokens can rise.
+unlikely tokens can rise. cliprange is not used, but policy/clipfrac_avg goes by it.
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from typing import Literal
 import torch
 
 import ppo
-from configurator import configure
+from configurator import configure, require
 from variants import grpo
 
 
 @dataclass
 class Config(grpo.Config):
     ratio_of: Literal["sequence", "token"] = "sequence"
-    clip_low: float = 3e-4  # the ratio has a gradient from 1 - this
-    clip_high: float = 4e-4  # to 1 + this
+    clip_low: float = 3e-4  # the ratio has a gradient from 1 - this; 0.2 suits a token's
+    clip_high: float = 4e-4  # to 1 + this; 0.28 suits a token's
 
 
 def token_loss(cfg, new_logprobs, micro):
@@ -40,6 +40,8 @@ def token_loss(cfg, new_logprobs, micro):
 
 def main(cfg, score=None):
     grpo.require_group(cfg)
+    is_wide = cfg.clip_low > 1e-3
+    require(is_wide or cfg.ratio_of == "sequence", "clip_low 0.2 and clip_high 0.28 suit --ratio_of=token")
     ppo.main(cfg, score, advantages=grpo.advantages, token_loss=token_loss, with_critic=False)
 
 

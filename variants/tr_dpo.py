@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 -m variants.tr_dpo config/dpo_1b.py --out_dir=out/tr_dpo_1b
 
 Every sync_every updates: reference <- ema policy + (1 - ema) reference; 0.6 and 512 are TRL's. Its log-probabilities
-are computed anew for each batch, and it is in the checkpoints. The accuracy in eval.json, and what DPO computes once
-before the first update, are still by the reference of the start.
+are computed anew for each batch, and it is in the checkpoints. (dpo.py also asks the first reference about all rows
+before it begins; only eval.json uses that.)
 """
 
 from dataclasses import dataclass

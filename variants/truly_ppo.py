@@ -4,16 +4,19 @@
     python -m variants.truly_ppo config/toy_ppo.py --form=trust_region --delta=0.025 --out_dir=out/toy/tr_ppo
     torchrun --nproc_per_node=8 -m variants.truly_ppo config/ppo_1b.py --form=truly --delta=0.03 --out_dir=out/truly_1b
 
-Steps of other tokens go on pushing a ratio outwards that the clip has let go. The forms, by what they look at:
+The clip takes a token's gradient away once its ratio is outside; steps for other tokens can push that ratio further.
+The forms, by what they look at:
 
     rollback               the ratio beyond the clip: the surrogate falls again, with slope -alpha (PPO-RB)
     trust_region           KL(old || new) at least delta: no gradient (TR-PPO)
     trust_region_rollback  the same, and the slope is -alpha (TR-PPO-RB; delta 0.03, alpha 0.05)
     truly                  the same, and kl_slope times the KL comes off the surrogate (the authors' code; delta 0.03)
 
-Only a token whose surrogate has grown is touched. Without that condition, in PPO the outer minimum, training collapses.
+A token is held back only if its surrogate is larger than before the update, as by the outer minimum of PPO. Without
+that condition training collapses.
 
-differs: the KL at a token is estimated from the token that was drawn, by k3; the paper has it over all actions.
+differs: the paper's KL is over all actions; here k3 of the drawn token stands for it, which depends on the ratio alone.
+So delta is a clip of the ratio with other bounds (0.025: 0.793 and 1.241), and only what follows beyond them differs.
 """
 
 from dataclasses import dataclass
@@ -28,8 +31,8 @@ from configurator import Positive, configure
 @dataclass
 class Config(ppo.Config):
     form: Literal["rollback", "trust_region", "trust_region_rollback", "truly"] = "rollback"
-    alpha: float = 0.3  # slope of a rollback; 0 in `rollback`: PPO's clip
-    delta: Positive = 0.025  # KL(old || new) of a token, in nats, from which a trust region ends
+    alpha: float = 0.3  # slope of a rollback; 0.05 suits trust_region_rollback; 0 in `rollback`: PPO's clip
+    delta: Positive = 0.025  # KL(old || new) of a token, in nats, where a trust region ends; 0.03 with its rollbacks
     kl_slope: float = 5.0  # what a nat beyond it costs, in `truly`
 
 

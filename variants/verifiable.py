@@ -1,7 +1,7 @@
-"""Verifiable rewards: a function scores each response, with its row's answer before it (arXiv:2411.15124 section 6).
+"""Verifiable rewards: a function scores each response, and can look up the answer in its row (arXiv:2411.15124 sec. 6).
 
     python -m variants.verifiable config/sums_ppo.py --algorithm=grpo --out_dir=out/sums/grpo
-    torchrun --nproc_per_node=8 -m variants.verifiable config/mine.py --algorithm=rloo --scorer=my.answers
+    torchrun --nproc_per_node=8 -m variants.verifiable config/mine.py --algorithm=rloo --group_size=8 --scorer=mine
 
 The function is `score` of a Python module, score(queries, responses, rows) -> floats, from two lists of texts and the
 data's rows (toy/sums.py is one). There is no reward model; PPO's critic starts as the policy, with a new head.
