@@ -8,7 +8,6 @@ people met it. A mistake goes in where a user could make it: at a door of ppo.ma
 or in a model directory. Four more are in lab/lab.py.
 """
 
-import argparse
 import dataclasses
 import functools
 import sys
@@ -415,14 +414,5 @@ for name, sign in SIGNS.items():
 PARTS["atlas_signs"] = (None, signs_table, [f"atlas: {arm}" for arm in ARMS])
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    lab.add_options(parser)
-    args = parser.parse_args()
-    results = lab.OUT / "atlas.jsonl"
-    lab.run_all({"atlas": ARMS}, results, args.seeds, args.jobs)
-    report.write(results, lab.OUT, PARTS, "atlas.md")
-
-
 if __name__ == "__main__":
-    main()
+    lab.run_page("atlas", ARMS, PARTS, __doc__)

@@ -6,7 +6,6 @@
 Two parts: a policy of three answers, whose gradients are exact, and PPO on the toy. lab/kl.md says what they show.
 """
 
-import argparse
 import functools
 import sys
 from pathlib import Path
@@ -262,14 +261,5 @@ PARTS = {
 }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    lab.add_options(parser)
-    args = parser.parse_args()
-    results = lab.OUT / "kl.jsonl"
-    lab.run_all({"kl": ARMS}, results, args.seeds, args.jobs)
-    report.write(results, lab.OUT, PARTS, "kl.md")
-
-
 if __name__ == "__main__":
-    main()
+    lab.run_page("kl", ARMS, PARTS, __doc__)

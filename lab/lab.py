@@ -354,6 +354,16 @@ def add_options(parser):
     parser.add_argument("--jobs", type=int, help="processes at a time; default: as many as there are cores")
 
 
+def run_page(name, arms, parts, doc):
+    """What lab/NAME.py does as a script: run what is missing of its arms, and fill its page's figures and tables."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    args = parser.parse_args()
+    results = OUT / f"{name}.jsonl"
+    run_all({name: arms}, results, args.seeds, args.jobs)
+    report.write(results, OUT, parts, f"{name}.md")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)}; none: all")

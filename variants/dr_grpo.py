@@ -23,12 +23,10 @@ class Config(grpo.Config):
 def advantages(cfg, batch, state):
     groups = batch["scores"].view(-1, cfg.group_size)
     centred = groups - groups.mean(1, keepdim=True)
-    mask = batch["mask"]
-    length = mask.sum(1)
-    # An update divides by the sum of the weights, here the number of answers; `share` makes up for the rest.
-    weights = mask / length[:, None]
-    share = length / cfg.response_length
-    return {**batch, "advantages": centred.view(-1, 1) * mask, "weights": weights, "share": share}
+    # By GRPO's weights each answer's loss is a mean over its tokens; `share` makes it a sum, divided by the constant.
+    share = batch["mask"].sum(1) / cfg.response_length
+    batch = grpo.advantages(cfg, batch, state)
+    return {**batch, "advantages": centred.view(-1, 1) * batch["mask"], "share": share}
 
 
 def token_loss(cfg, new_logprobs, micro):
