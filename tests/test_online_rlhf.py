@@ -13,6 +13,7 @@ import torch
 from pipeline import arguments, in_update, metrics, read_rows, same_metrics, write_rows
 from safetensors.torch import load_file
 from test_distributed import launch
+from test_winrate import Endpoint, longer_wins, make_pairs
 
 from configurator import UserError
 from data import Tokenizer
@@ -264,6 +265,20 @@ def test_a_reward_model_labels(pipeline):
     ours, others = (rewards_of(pipeline.rm, queries, [row["responses"][side] for row in rows]) for side in (0, 1))
     assert [row["target"] for row in rows] == [float(one > other) for one, other in zip(ours, others)]
     assert set(map(gold.post_of, queries)) and len(rows) == 6
+
+
+def test_a_language_model_labels_and_is_asked_once(tmp_path):
+    asked_about = make_pairs(9)
+    endpoint = Endpoint(asked_about)
+    cfg = online_rlhf.Config(out_dir=str(tmp_path), labeller=endpoint.judge, device="cpu")
+    texts = [[pair[key] for pair in asked_about] for key in ("query", "response", "other")]
+    try:
+        for n_requests in (9, 0):  # the second time all answers are on the disk
+            label = labellers.by_name(cfg, World(cfg), number=1)
+            assert label(*texts) == longer_wins(asked_about)
+            assert len(endpoint.asked()) == n_requests
+    finally:
+        endpoint.stop()
 
 
 # ---------------------------------------------------------------------------- stop and go on

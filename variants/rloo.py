@@ -4,9 +4,8 @@
     torchrun --nproc_per_node=8 -m variants.rloo config/ppo_1b.py --out_dir=out/rloo_1b
 
 A whole answer is one action: its reward is the score minus kl_coef times its KL, its probability the product of its
-tokens', and PPO's clip bounds the ratio of that. Each of its tokens carries the answer's loss.
-
-differs: the paper takes one step without a clip (--n_epochs=1 does so); several steps on a batch need one.
+tokens'. Each of its tokens carries the answer's loss. As in the paper a batch is seen once; with more epochs or
+minibatches PPO's clip bounds the ratio.
 """
 
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from configurator import Count, configure, require
 @dataclass
 class Config(ppo.Config):
     group_size: Count = 4
+    n_epochs: Count = 1
 
 
 def advantages(cfg, batch, state):
