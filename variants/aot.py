@@ -7,7 +7,8 @@
     aot_unpaired   the log-ratios of the chosen responses, sorted, against those of the rejected ones, sorted
 
 Each value meets that of its rank in the *whole* batch. A pass without gradients finds the ranks first, so that the
-result depends neither on micro-batches nor on processes.
+result depends neither on micro-batches nor on processes. (TRL 1.12.0 sorts each micro-batch by itself: one pair at a
+time, its aot is DPO.)
 """
 
 from dataclasses import dataclass
