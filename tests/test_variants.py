@@ -388,9 +388,11 @@ def test_critic_steps_do_not_stop_a_policy_without_a_critic(pipeline):
     assert all(torch.equal(policy_of(plain)[name], weight) for name, weight in policy_of(asked).items())
 
 
-def test_aot_refuses_soft_labels(pipeline, tmp_path):
+def test_aot_refuses_labels_that_are_not_hard(pipeline, tmp_path):
     row = {"prompt": "a:", "chosen": " b", "rejected": " c", "target": 0.7}
     data = tmp_path / "soft.jsonl"
     data.write_text((json.dumps(row) + "\n") * 8)
     with pytest.raises(UserError, match="soft labels .target. are for variants/dpo_losses.py"):
         dpo_run(pipeline, "aot_soft", aot, data=str(data))
+    with pytest.raises(UserError, match="label_smoothing 0.5: take one below 0.5"):
+        dpo_run(pipeline, "aot_coin", aot, label_smoothing=0.5)
