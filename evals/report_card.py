@@ -9,7 +9,7 @@ at equal length (evals/winrate.py:length_controlled), and of the edits by people
 (arXiv:2009.01325). For a model of rm.py that still lies in its out_dir, the loss on held-out rows is set against that
 of training (arXiv:1706.03741 keeps it 1.1 to 1.5 times that; after a single epoch both are of rows that were new).
 
-Prints tables in Markdown. With out_dir: card.md and card.json, {"rewards", "probes", "pairs", "held out"}.
+Prints tables in Markdown. With out_dir: card.md and eval.json, {"rewards", "probes", "pairs", "held out"}.
 """
 
 from dataclasses import dataclass
@@ -73,9 +73,9 @@ def main(cfg):
     text = page(cfg, card)
     world.print("", text)
     if cfg.out_dir and world.is_main:
-        write_json(out_dir / "card.json", card)
+        write_json(out_dir / "eval.json", card)
         (out_dir / "card.md").write_text(text + "\n", encoding="utf-8")
-        print(f"wrote {out_dir}/card.json and card.md")
+        print(f"wrote {out_dir}/eval.json and card.md")
 
 
 # ---------------------------------------------------------------------------- probes

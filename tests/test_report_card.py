@@ -222,7 +222,7 @@ def card_of(out_dir, reward_model, data, **options):
     options = dict(device="cpu", dtype="float32", **options)
     cfg = report_card.Config(reward_model=str(reward_model), data=str(data), out_dir=str(out_dir), **options)
     report_card.main(cfg)
-    return json.loads((out_dir / "card.json").read_text())
+    return json.loads((out_dir / "eval.json").read_text())
 
 
 class Judge:
