@@ -41,6 +41,8 @@ def gradient(estimator, where):
         ("k2", "loss", REVERSE, 6),
         ("k3", "loss", FORWARD, 6),
         ("k3", "reward", [0.0244, 0.0424, -0.0669], 4),
+        ("k1", "weighted_loss", REVERSE, 6),
+        ("k3", "weighted_loss", REVERSE, 6),
     ],
 )
 def test_gradient_matches_numbers_by_hand(estimator, where, expected, digits):
@@ -105,6 +107,23 @@ def test_k1_in_the_loss_pushes_away_from_the_policy_that_sampled():
         (found,) = torch.autograd.grad(loss, logits)
         away = (old.exp()[:, 0] - logits.detach().softmax(0)).tolist()
         assert found.tolist() == pytest.approx(away, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+def test_a_weighted_penalty_has_the_right_gradient_after_a_step_too(kind):
+    """The samples are an older policy's; times p / p_old their mean is the KL of the new one, and so is its slope."""
+    old = torch.tensor(LOGITS, dtype=torch.float64).log_softmax(0)[:, None]
+    ref = torch.tensor(REF, dtype=torch.float64).log()
+    logits = torch.tensor([0.7, -0.4, 0.1], dtype=torch.float64, requires_grad=True)
+    new = logits.log_softmax(0)
+    (expected,) = torch.autograd.grad((new.exp() * (new - ref)).sum(), logits, retain_graph=True)
+    micro = {"logprobs": old, "ref_logprobs": ref[:, None], "mask": old < 0, "weights": old.exp()}
+    micro["advantages"] = torch.zeros_like(old)
+    for where in ("weighted_loss", "loss"):
+        cfg = kl.exact_config(kind, where, beta=1.0)
+        loss, _ = ppo.actor_loss(cfg, kl_estimators.token_loss, new[:, None], micro, 1.0)
+        (found,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        assert torch.allclose(found, expected, rtol=0, atol=1e-12) == (where == "weighted_loss")
 
 
 # ---------------------------------------------------------------------------- two tokens

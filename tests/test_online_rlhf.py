@@ -76,9 +76,13 @@ def test_rewards_of_members_are_combined(how, value):
 
 
 def test_disagreement_is_the_deviation_over_members():
-    """Margins 1, 1, 1; 0, 3, 3; 2, -2, 3: unbiased variances 0, 3, 7."""
-    margins = np.array([[1.0, 0.0, 2.0], [1.0, 3.0, -2.0], [1.0, 3.0, 3.0]])
-    np.testing.assert_allclose(ensemble.disagreement(margins), [0, 3**0.5, 7**0.5])
+    """Of what they predict: probabilities 1/2, 1/2, 1/2; 1/4, 3/4, 3/4; and 1/2, 1/2, 4/5, which is closer.
+
+    Unbiased variances 0, 1/12, 0.03. Margins of 20, 40 and 60 are three that agree.
+    """
+    log3, log4 = np.log([3, 4])
+    margins = np.array([[0.0, -log3, 0.0, 20.0], [0.0, log3, 0.0, 40.0], [0.0, log3, log4, 60.0]])
+    np.testing.assert_allclose(ensemble.disagreement(margins), [0, 12**-0.5, 0.03**0.5, 0], atol=1e-8)
 
 
 def test_bootstrap_draws_with_replacement_by_seed_and_member():

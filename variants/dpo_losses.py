@@ -7,8 +7,9 @@
 
 The names are those of variants/dpo_formulas.py. Behind a name, _norm means log-ratios per token (ipo_norm is the ipo of
 newer versions of TRL); sft is the loss of SFT on the chosen responses, which takes its weight to sft_coef. The second
-line is MPO (arXiv:2411.10442). A row's `target`, the probability that its first response is the better one, is
-used by sigmoid: the loss of arXiv:2305.18290 eq. 7 for both orders, weighed by their probabilities.
+line is MPO (arXiv:2411.10442) as TRL has it: bco_pair without a shift. A row's `target`, the probability that its first
+response is the better one, is used by sigmoid: the loss of arXiv:2305.18290 eq. 7 for both orders, weighed by their
+probabilities.
 """
 
 import dataclasses

@@ -37,8 +37,13 @@ def bootstrap(rows, *key):
 
 
 def disagreement(margins):
-    """Margins (members, pairs), first response minus second -> their standard deviation over the members (pairs,)."""
-    return np.std(margins, axis=0, ddof=1)
+    """Margins (members, pairs), first response minus second -> how far the members are apart (pairs,).
+
+    The standard deviation of the probability that each gives to the first response: members that are all sure agree,
+    however sure they are. (arXiv:1706.03741 section 2.2.4)
+    """
+    probabilities = 1 / (1 + np.exp(-np.asarray(margins)))
+    return np.std(probabilities, axis=0, ddof=1)
 
 
 def margins_of(cfg, world, members, rows):

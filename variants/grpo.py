@@ -6,7 +6,7 @@
 An answer's advantage is (score - mean of its group) / (standard deviation of its group + 1e-4), the same for all its
 tokens; the deviation is the unbiased one, as in TRL. Every answer weighs the same, however long it is. The penalty, k3
 of the KL to the reference, stands in the loss. objective/kl_coef and objective/rlhf_reward speak of a penalty in the
-reward: here they are 0, and the score.
+reward: here they are 0, and the score. A batch is learned from once, as in the paper.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from configurator import Count, configure, require
 @dataclass
 class Config(ppo.Config):
     group_size: Count = 8
+    n_epochs: Count = 1
 
 
 def advantages(cfg, batch, state):

@@ -5,8 +5,8 @@
 
 Tokens are drawn by cached generation, and learned from as if the pass that trains had drawn them. What a token was
 worth is weighed by w = p_trainer / p_sampler, cut off at max_weight (truncated importance sampling, arXiv:1802.01561);
-or a token with w outside [1 / max_weight, max_weight] is left out (arXiv:2510.18855). Watch val/generation_gap, which
-says how far the two are apart: in float32 all weights are 1 up to rounding.
+or a token with w outside [1 / max_weight, max_weight] is left out (arXiv:2510.18855, whose two bounds are free). Watch
+val/generation_gap, which says how far the two are apart: in float32 all weights are 1 up to rounding.
 """
 
 from dataclasses import dataclass

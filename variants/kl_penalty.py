@@ -5,7 +5,8 @@
 
 The loss is -ratio A + beta KL(old || new). After an update whose KL was below kl_step / 1.5, beta is halved; above
 1.5 kl_step, doubled. KL(old || new) is estimated from the sampled tokens, by k3 in the loss; what beta follows is the
-mean of 0.5 (log ratio)^2 over all steps of the update.
+mean of 0.5 (log ratio)^2 over all steps of the update. The first step sees none of it and nobody sees what the last one
+does: with four steps of a size the KL that an update ends with is some 4.6 times kl_step.
 """
 
 from dataclasses import dataclass

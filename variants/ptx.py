@@ -2,6 +2,8 @@
 
     python -m variants.ptx config/toy_ppo.py --ptx_coef=0.1 --out_dir=out/toy/ppo_ptx
     torchrun --nproc_per_node=8 -m variants.ptx config/ppo_1b.py --ptx_coef=0.1 --out_dir=out/ppo_ptx_1b
+
+differs: as many rows as the batch of PPO has; the paper takes eight times as many.
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,10 @@
 
 An answer's ratio is exp(mean log-ratio of its tokens): it does not grow with length, as a product does, and its bounds
 are narrow. The second line is the clip of DAPO (arXiv:2503.14476 eq. 10): token by token, and wider above, so that
-unlikely tokens can rise. cliprange is not used, but policy/clipfrac_avg goes by it.
+unlikely tokens can rise. As in both papers a batch is learned from once, in several steps, of which the first sees no
+clip, and there is no penalty. cliprange is not used, but policy/clipfrac_avg goes by it.
+
+differs: of DAPO it is the clip alone; each answer weighs the same, and none is left out.
 """
 
 from dataclasses import dataclass
@@ -16,12 +19,14 @@ from typing import Literal
 import torch
 
 import ppo
-from configurator import configure, require
+from configurator import Count, configure, require
 from variants import grpo
 
 
 @dataclass
 class Config(grpo.Config):
+    n_minibatches: Count = 4
+    kl_coef: float = 0.0
     ratio_of: Literal["sequence", "token"] = "sequence"
     clip_low: float = 3e-4  # the ratio has a gradient from 1 - this; 0.2 suits a token's
     clip_high: float = 4e-4  # to 1 + this; 0.28 suits a token's

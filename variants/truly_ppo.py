@@ -9,8 +9,8 @@ The forms, by what they look at:
 
     rollback               the ratio beyond the clip: the surrogate falls again, with slope -alpha (PPO-RB)
     trust_region           KL(old || new) at least delta: no gradient (TR-PPO)
-    trust_region_rollback  the same, and the slope is -alpha (TR-PPO-RB; delta 0.03, alpha 0.05)
-    truly                  the same, and kl_slope times the KL comes off the surrogate (the authors' code; delta 0.03)
+    trust_region_rollback  from there on, slope -alpha (TR-PPO-RB, the paper's Truly PPO; delta 0.03, alpha 0.05)
+    truly                  from there on, kl_slope times the KL off the surrogate (the authors' code; delta 0.03)
 
 A token is held back only if its surrogate is larger than before the update, as by the outer minimum of PPO. Without
 that condition training collapses.

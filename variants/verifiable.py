@@ -4,7 +4,8 @@
     torchrun --nproc_per_node=8 -m variants.verifiable config/mine.py --algorithm=rloo --group_size=8 --scorer=mine
 
 The function is `score` of a Python module, score(queries, responses, rows) -> floats, from two lists of texts and the
-data's rows (toy/sums.py is one). There is no reward model; PPO's critic starts as the policy, with a new head.
+data's rows (toy/sums.py is one). There is no reward model; PPO's critic starts as the policy, with a new head. Defaults
+are PPO's with each algorithm: n_epochs 4, and no group_size.
 """
 
 from dataclasses import dataclass
