@@ -5,8 +5,11 @@
 
 An answer's advantage is (score - mean of its group) / (standard deviation of its group + 1e-4), the same for all its
 tokens; the deviation is the unbiased one, as in TRL. Every answer weighs the same, however long it is. The penalty, k3
-of the KL to the reference, stands in the loss. objective/kl_coef and objective/rlhf_reward speak of a penalty in the
-reward: here they are 0, and the score. A batch is learned from once, as in the paper.
+of the KL to the reference, stands in the loss, and pulls to another divergence than PPO's (lab/kl.md).
+objective/kl_coef and objective/rlhf_reward speak of a penalty in the reward: here they are 0, and the score. A batch is
+learned from once, as in the paper.
+
+differs: TRL 1.12.0 multiplies the penalty by the ratio; variants/kl_estimators.py has that as weighted_loss.
 """
 
 from dataclasses import dataclass
