@@ -130,7 +130,19 @@ def test_kl_penalty_estimates_the_kl_from_old_to_new():
     np.testing.assert_allclose(gradient, exact_gradient, atol=1e-12)
 
 
-def test_kl_penalty_follows_the_kl_of_the_last_update():
+@pytest.mark.parametrize("n_steps, share", [(2, 1 / 8), (4, 14 / 64)])
+def test_kl_penalty_follows_the_kl_that_an_update_ends_with(n_steps, share):
+    """Of the KL after two equal steps these saw 0 and 1/4; of that after four 0, 1/16, 4/16 and 9/16."""
+    assert kl_penalty.kl_after(share * 0.03, n_steps) == pytest.approx(0.03, rel=EXACT)
+    cfg = kl_penalty.Config(n_epochs=n_steps, kl_step=0.01, beta=3.0)
+    batch = {**tiny(1.0, -1.0, columns=2), "values": torch.zeros(2, 2), "mask_p1": torch.ones(2, 2, dtype=torch.bool)}
+    for update_kl, beta in ((None, 3.0), (0.006, 1.5), (0.01, 3.0), (0.016, 6.0)):
+        state = {"beta": 3.0, "update_kl": share * update_kl} if update_kl else {}
+        assert kl_penalty.advantages(cfg, batch, state)["beta"].tolist() == [beta] * 2
+        assert state["beta"] == beta
+
+
+def test_kl_penalty_halves_and_doubles():
     """arXiv:1707.06347 section 4: halved below the target / 1.5, doubled above 1.5 times it."""
     cases = {0.0066: 0.5, 0.0067: 1.0, 0.0149: 1.0, 0.0151: 2.0}
     for kl, beta in cases.items():

@@ -4,9 +4,10 @@
     torchrun --nproc_per_node=8 -m variants.kl_penalty config/ppo_1b.py --out_dir=out/kl_penalty_1b
 
 The loss is -ratio A + beta KL(old || new). After an update whose KL was below kl_step / 1.5, beta is halved; above
-1.5 kl_step, doubled. KL(old || new) is estimated from the sampled tokens, by k3 in the loss; what beta follows is the
-mean of 0.5 (log ratio)^2 over all steps of the update. The first step sees none of it and nobody sees what the last one
-does: with four steps of a size the KL that an update ends with is some 4.6 times kl_step.
+1.5 kl_step, doubled. KL(old || new) is estimated from the sampled tokens, by k3 in the loss.
+
+differs: the KL that beta follows is not measured after the update, by a pass of its own, but estimated from the mean of
+0.5 (log ratio)^2 over its steps, as if these were alike (kl_after).
 """
 
 from dataclasses import dataclass
@@ -25,10 +26,21 @@ class Config(ppo.Config):
 
 def advantages(cfg, batch, state):
     batch = ppo.advantages(cfg, batch, state)
-    last_kl = state.get("update_kl", cfg.kl_step)
-    state["beta"] = adapt(state.get("beta", cfg.beta), last_kl, cfg.kl_step)
+    state.setdefault("beta", cfg.beta)
+    if "update_kl" in state:
+        last_kl = kl_after(state["update_kl"], cfg.n_epochs * cfg.n_minibatches)
+        state["beta"] = adapt(state["beta"], last_kl, cfg.kl_step)
     batch["beta"] = torch.full_like(batch["scores"], state["beta"])  # a column, for token_loss sees a batch alone
     return batch
+
+
+def kl_after(mean_kl, n_steps):
+    """The KL that an update ends with, from the mean of what its steps begin with.
+
+    Of n equal steps the i-th, from 0, begins with i / n of the last log-ratio, and with the square of that of the KL.
+    """
+    shares = (torch.arange(n_steps) / n_steps) ** 2
+    return mean_kl / shares.mean().item()
 
 
 def adapt(beta, kl, target):
