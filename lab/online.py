@@ -162,9 +162,7 @@ def figure(rows):
     found, axes = report.panels(3, 3.2)
     draw_one_round(axes[0], select(rows, "1 round"))
     draw_ends(axes[1], rows)
-    four = select(rows, "4 rounds, random")
-    if four:  # these come last
-        draw_rounds(axes[2], four)
+    draw_rounds(axes[2], select(rows, "4 rounds, random"))
     return found
 
 
