@@ -117,6 +117,16 @@ DPO_ARMS = {
                         "test_aot_sorts_the_whole_batch"),
     "tr_dpo": Arm("-m variants.tr_dpo --sync_every=30", "the reference follows, arXiv:2404.09656",
                   "test_tr_dpo_begins_anew_after_each_move"),
+    "forward_kl": Arm("-m variants.f_dpo --divergence=forward_kl", "pulled by the forward KL, arXiv:2309.16240",
+                      "test_f_dpo_rewards_are_those_of_the_best_policy"),
+    "js": Arm("-m variants.f_dpo --divergence=js", "by the Jensen-Shannon divergence",
+              "test_f_dpo_rewards_are_those_of_the_best_policy"),
+    "alpha": Arm("-m variants.f_dpo --divergence=alpha", "by the alpha divergence, at 1/2",
+                 "test_f_dpo_rewards_are_those_of_the_best_policy"),
+    "wpo": Arm("-m variants.wpo", "pairs weigh by their probability, arXiv:2406.11827",
+               "test_wpo_weighs_pairs_by_the_policy"),
+    "bco": Arm("-m variants.bco", "bco_pair with a running threshold, arXiv:2404.04656",
+               "test_bco_threshold_is_the_mean_reward_so_far"),
 }  # fmt: skip
 
 

@@ -60,6 +60,7 @@ CASES = {
     "a reference that follows": ("variants.reference_ema", dict(ema=0.3)),
     "early stop": ("variants.early_stop", dict(target_kl=1e-4, n_epochs=3)),
     "DPO, a reference that follows": ("variants.tr_dpo", dict(ema=0.3, sync_every=1)),
+    "DPO, a threshold that follows": ("variants.bco", dict(loss_type="bco_pair,sft", beta=1.0)),
     "DPO, sorted over the batch": ("variants.aot", dict(loss_type="aot_unpaired", beta=1.0)),
 }
 

@@ -13,13 +13,17 @@ from safetensors.torch import load_file
 import dpo
 import ppo
 from configurator import UserError
-from data import batch_indices
+from data import batch_indices, load_rows
 from hub.files import read_jsonl
+from hub.tokenizer import Tokenizer
+from model import GPTNeoX
 from variants import (
     aot,
+    bco,
     dpo_losses,
     dr_grpo,
     early_stop,
+    f_dpo,
     grpo,
     importance,
     kl_estimators,
@@ -33,6 +37,7 @@ from variants import (
     sequence_ratio,
     tr_dpo,
     truly_ppo,
+    wpo,
 )
 
 # ---------------------------------------------------------------------------- the doors
@@ -301,6 +306,54 @@ def test_aot_does_not_depend_on_the_micro_batch(pipeline, loss_type):
     assert runs[0][-1]["rewards/margins"] > runs[0][0]["rewards/margins"]
 
 
+def test_bco_threshold_is_the_mean_reward_so_far(pipeline):
+    """Of all batches, each by the policy of its update; a resumed run goes on with it."""
+    cfg, rows = dpo_run(pipeline, "bco", bco, beta=1.0, **RESUMED)
+    assert rows[0]["loss/dpo"] == pytest.approx(2 * np.log(2), abs=1e-6)
+    means = [(row["rewards/chosen"] + row["rewards/rejected"]) / 2 for row in rows]
+    state = json.loads((Path(cfg.out_dir) / "checkpoints" / "step_3" / "state.json").read_text())
+    assert state["shift"] == pytest.approx(np.mean(means[:3]), abs=1e-5)
+    assert abs(np.mean(means[:3])) > 1e-3  # ten times what would show an update left out
+    go_on_from_the_third(cfg, bco.main)
+
+
+def test_a_threshold_moves_no_loss_of_a_margin(pipeline):
+    """MPO's three losses, their shift and all: what bco_pair adds to sigmoid differs, sigmoid alone does not."""
+    options = dict(loss_type="sigmoid,bco_pair,sft", beta=1.0, lr=1e-3)
+    _, with_shift = dpo_run(pipeline, "mpo_shift", bco, loss_weights="0.8,0.2,1", **options)
+    _, without = dpo_run(pipeline, "mpo_plain", dpo_losses, loss_weights="0.8,0.2,1", **options)
+    assert with_shift[0]["loss/dpo"] == pytest.approx(without[0]["loss/dpo"], abs=1e-6)
+    assert with_shift[-1]["loss/dpo"] != pytest.approx(without[-1]["loss/dpo"], abs=1e-4)
+
+
+def test_wpo_weighs_pairs_by_the_policy(pipeline):
+    """Before the first update every loss is log 2 times the pair's weight: here by the whole softmax of each token."""
+    cfg, rows = dpo_run(pipeline, "wpo", wpo, lr=1e-3)
+    tokenizer = Tokenizer.load(cfg.model)
+    model = GPTNeoX.from_pretrained(cfg.model).double()
+    data = load_rows(cfg.data, cfg.train_split, tokenizer, n_responses=2, max_length=512)
+    weights = []
+    for index in batch_indices(len(data), 8, 0, cfg.seed):
+        row = data[int(index)]
+        log_weight = 0.0
+        for response in row["responses"]:
+            ids = torch.tensor([row["query"] + response])
+            p = model(ids)[0, :, : tokenizer.n_vocab].softmax(-1)[len(row["query"]) - 1 : -1]
+            likely = p[torch.arange(len(response)), response] / (p**2).sum(-1)
+            log_weight += likely.log().mean().item()
+        weights.append(min(1.0, np.exp(log_weight)))
+    assert np.std(weights) > 0.0
+    assert rows[0]["loss/dpo"] == pytest.approx(np.log(2) * np.mean(weights), rel=1e-5)
+
+
+def test_f_dpo_at_the_reverse_kl_is_dpo(pipeline):
+    _, plain = dpo_run(pipeline, "dpo_f", dpo, lr=1e-3)
+    _, same = dpo_run(pipeline, "f_dpo", f_dpo, divergence="reverse_kl", lr=1e-3)
+    _, other = dpo_run(pipeline, "f_dpo_js", f_dpo, lr=1e-3)
+    assert same[-1]["loss/dpo"] == pytest.approx(plain[-1]["loss/dpo"], abs=1e-6)
+    assert other[-1]["rewards/chosen"] < 0 and other[-1]["rewards/margins"] > other[0]["rewards/margins"]
+
+
 def test_dpo_learns_from_soft_labels(pipeline, tmp_path):
     """The margin goes to where its sigmoid is the label's probability: log p / (1 - p), and 0 for a coin. A label below
     a half is that of the pair the other way round."""
@@ -386,6 +439,20 @@ def test_critic_steps_do_not_stop_a_policy_without_a_critic(pipeline):
     plain, _ = run(pipeline, "no_critic_steps", grpo, group_size=4)
     asked, _ = run(pipeline, "with_critic_steps", grpo, group_size=4, critic_steps=1)
     assert all(torch.equal(policy_of(plain)[name], weight) for name, weight in policy_of(asked).items())
+
+
+@pytest.mark.parametrize(
+    "module, options, message",
+    [
+        (bco, dict(loss_type="sigmoid"), "loss_type 'sigmoid': use bco_pair, alone or with sft, discopop"),
+        (bco, dict(loss_type="bco_pair,apo_zero"), "use bco_pair, alone or with"),
+        (wpo, dict(loss_type="ipo", label_smoothing=0.1), "label_smoothing 0.1 does not fit loss_type 'ipo'"),
+        (f_dpo, dict(divergence="alpha", alpha=1.0), "give --divergence=reverse_kl"),
+    ],
+)
+def test_dpo_variants_refuse_what_does_not_fit(pipeline, module, options, message):
+    with pytest.raises(UserError, match=message):
+        dpo_run(pipeline, "dpo_refused", module, **options)
 
 
 def test_aot_refuses_labels_that_are_not_hard(pipeline, tmp_path):

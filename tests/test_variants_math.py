@@ -11,6 +11,7 @@ from variants import (
     aot,
     dpo_formulas,
     dr_grpo,
+    f_dpo,
     grpo,
     importance,
     kl_estimators,
@@ -356,6 +357,51 @@ def test_aot_sorts_the_whole_batch(loss_type):
         value, gradient = aot_loss(cfg, logprobs, ref_logprobs, chunks)
         assert value == pytest.approx(exact.item(), abs=1e-12)
         np.testing.assert_allclose(gradient, exact_gradient, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "divergence, rewards, loss",
+    [
+        ("reverse_kl", [0.1, -0.05], 0.620957),
+        ("forward_kl", [-0.0367879, -0.1648721], 0.631154),
+        ("js", [-0.0313262, -0.0974077], 0.660652),
+        ("alpha", [-0.1213061, -0.2568051], 0.627690),
+    ],
+)
+def test_f_dpo_matches_numbers_by_hand(divergence, rewards, loss):
+    """Log-ratios 1 and -0.5 at beta 0.1; alpha is 1/2."""
+    cfg = f_dpo.Config(divergence=divergence, beta=0.1)
+    micro = {"ref_logprobs": torch.tensor([[-3.0, -4.0]]), "smoothing": torch.zeros(1)}
+    losses, got = f_dpo.pair_loss(cfg, torch.tensor([[-2.0, -4.5]]), micro)
+    np.testing.assert_allclose(got, [rewards], atol=EXACT)
+    assert losses.item() == pytest.approx(loss, abs=EXACT)
+
+
+def divergence_of(name, p, q):
+    u = p / q
+    if name == "reverse_kl":
+        return (p * u.log()).sum()
+    if name == "forward_kl":
+        return -(q * u.log()).sum()
+    if name == "js":
+        middle = (p + q) / 2
+        return (p * (p / middle).log()).sum() + (q * (q / middle).log()).sum()
+    return (q * u**0.5).sum() / (0.5 * -0.5)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js", "alpha"])
+def test_f_dpo_rewards_are_those_of_the_best_policy(divergence):
+    """Of three answers: if they are worth its implicit rewards, a policy p is where E r - beta D(p, q) is largest."""
+    q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    logits = torch.tensor([-0.4, 0.9, 0.3], dtype=torch.float64, requires_grad=True)
+    p = logits.softmax(0)
+    worth = 0.7 * f_dpo.score(p.log() - q.log(), divergence, 0.5).detach()
+    objective = (p * worth).sum() - 0.7 * divergence_of(divergence, p, q)
+    (gradient,) = torch.autograd.grad(objective, logits, retain_graph=True)
+    np.testing.assert_allclose(gradient, 0.0, atol=1e-12)
+
+    (of_worth,) = torch.autograd.grad((p * worth).sum(), logits)
+    assert of_worth.abs().max() > 0.01  # so that it was the divergence that held it back
 
 
 def test_soft_labels_weigh_both_orders():

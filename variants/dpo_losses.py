@@ -85,10 +85,10 @@ def pair_loss(cfg, logprobs, micro):
     return losses, rewards
 
 
-def main(cfg):
+def main(cfg, loss=pair_loss, before_batch=before_batch):
     check_losses(cfg)
     sft_coef = cfg.sft_coef + weights_of(cfg).get("sft", 0.0)
-    dpo.main(dataclasses.replace(cfg, sft_coef=sft_coef), loss=pair_loss, before_batch=before_batch)
+    dpo.main(dataclasses.replace(cfg, sft_coef=sft_coef), loss=loss, before_batch=before_batch)
 
 
 if __name__ == "__main__":
