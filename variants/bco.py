@@ -29,7 +29,8 @@ def before_batch(run, model, batch, columns):
     dpo_losses.before_batch(run, model, batch, columns)
     cfg = run.cfg
     logprobs = dpo.predict(cfg, run.world, run.tokenizer.n_vocab, model, batch)
-    mean = cfg.beta * (logprobs - columns["ref_logprobs"]).mean().item()
+    log_ratios = logprobs - columns["ref_logprobs"]
+    mean = cfg.beta * log_ratios.mean().item()
     so_far = run.state.get("shift", 0.0)
     run.state["shift"] = so_far + (mean - so_far) / (run.step + 1)
     columns["shift"] = logprobs.new_full((len(logprobs), 1), run.state["shift"])
