@@ -34,7 +34,7 @@ from toy import gold  # noqa: E402
 
 SEEDS = (1, 2, 3)
 ROUNDS = 3
-UPDATES = 6  # of a round
+UPDATES = 4  # of a round
 OUT = ROOT / "out" / "bench"
 RESULTS = ROOT / "bench" / "variants.jsonl"
 
@@ -121,8 +121,6 @@ DPO_ARMS = {
                       "test_f_dpo_rewards_are_those_of_the_best_policy"),
     "js": Arm("-m variants.f_dpo --divergence=js", "by the Jensen-Shannon divergence",
               "test_f_dpo_rewards_are_those_of_the_best_policy"),
-    "alpha": Arm("-m variants.f_dpo --divergence=alpha", "by the alpha divergence, at 1/2",
-                 "test_f_dpo_rewards_are_those_of_the_best_policy"),
     "wpo": Arm("-m variants.wpo", "pairs weigh by their probability, arXiv:2406.11827",
                "test_wpo_weighs_pairs_by_the_policy"),
     "bco": Arm("-m variants.bco", "bco_pair with a running threshold, arXiv:2404.04656",

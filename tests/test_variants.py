@@ -312,7 +312,7 @@ def test_bco_threshold_is_the_mean_reward_so_far(pipeline):
     assert rows[0]["loss/dpo"] == pytest.approx(2 * np.log(2), abs=1e-6)
     means = [(row["rewards/chosen"] + row["rewards/rejected"]) / 2 for row in rows]
     state = json.loads((Path(cfg.out_dir) / "checkpoints" / "step_3" / "state.json").read_text())
-    assert state["shift"] == pytest.approx(np.mean(means[:3]), abs=1e-5)
+    assert state["reward_sum"] == pytest.approx(np.sum(means[:3]), abs=1e-5) and state["n_batches"] == 3
     assert abs(np.mean(means[:3])) > 1e-3  # ten times what would show an update left out
     go_on_from_the_third(cfg, bco.main)
 
@@ -341,7 +341,7 @@ def test_wpo_weighs_pairs_by_the_policy(pipeline):
             p = model(ids)[0, :, : tokenizer.n_vocab].softmax(-1)[len(row["query"]) - 1 : -1]
             likely = p[torch.arange(len(response)), response] / (p**2).sum(-1)
             log_weight += likely.log().mean().item()
-        weights.append(min(1.0, np.exp(log_weight)))
+        weights.append(np.exp(log_weight))
     assert np.std(weights) > 0.0
     assert rows[0]["loss/dpo"] == pytest.approx(np.log(2) * np.mean(weights), rel=1e-5)
 
@@ -351,7 +351,8 @@ def test_f_dpo_at_the_reverse_kl_is_dpo(pipeline):
     _, same = dpo_run(pipeline, "f_dpo", f_dpo, divergence="reverse_kl", lr=1e-3)
     _, other = dpo_run(pipeline, "f_dpo_js", f_dpo, lr=1e-3)
     assert same[-1]["loss/dpo"] == pytest.approx(plain[-1]["loss/dpo"], abs=1e-6)
-    assert other[-1]["rewards/chosen"] < 0 and other[-1]["rewards/margins"] > other[0]["rewards/margins"]
+    assert other[-1]["rewards/margins"] > other[0]["rewards/margins"]
+    assert other[-1]["loss/dpo"] != pytest.approx(plain[-1]["loss/dpo"], abs=1e-4)
 
 
 def test_dpo_learns_from_soft_labels(pipeline, tmp_path):
@@ -446,6 +447,7 @@ def test_critic_steps_do_not_stop_a_policy_without_a_critic(pipeline):
     [
         (bco, dict(loss_type="sigmoid"), "loss_type 'sigmoid': use bco_pair, alone or with sft, discopop"),
         (bco, dict(loss_type="bco_pair,apo_zero"), "use bco_pair, alone or with"),
+        (f_dpo, dict(loss_weights="0.5"), "loss_weights: there is one loss"),
         (wpo, dict(loss_type="ipo", label_smoothing=0.1), "label_smoothing 0.1 does not fit loss_type 'ipo'"),
         (f_dpo, dict(divergence="alpha", alpha=1.0), "give --divergence=reverse_kl"),
     ],

@@ -9,6 +9,7 @@ import torch
 import ppo
 from variants import (
     aot,
+    bco,
     dpo_formulas,
     dr_grpo,
     f_dpo,
@@ -363,9 +364,9 @@ def test_aot_sorts_the_whole_batch(loss_type):
     "divergence, rewards, loss",
     [
         ("reverse_kl", [0.1, -0.05], 0.620957),
-        ("forward_kl", [-0.0367879, -0.1648721], 0.631154),
-        ("js", [-0.0313262, -0.0974077], 0.660652),
-        ("alpha", [-0.1213061, -0.2568051], 0.627690),
+        ("forward_kl", [0.0632121, -0.0648721], 0.631154),
+        ("js", [0.0379885, -0.0280930], 0.660652),
+        ("alpha", [0.0786939, -0.0568051], 0.627691),
     ],
 )
 def test_f_dpo_matches_numbers_by_hand(divergence, rewards, loss):
@@ -375,6 +376,21 @@ def test_f_dpo_matches_numbers_by_hand(divergence, rewards, loss):
     losses, got = f_dpo.pair_loss(cfg, torch.tensor([[-2.0, -4.5]]), micro)
     np.testing.assert_allclose(got, [rewards], atol=EXACT)
     assert losses.item() == pytest.approx(loss, abs=EXACT)
+
+
+def test_bco_threshold_leaves_out_what_is_no_number():
+    state = {}
+    assert [bco.mean_so_far(state, mean) for mean in (np.nan, 1.0, np.nan, 3.0)] == [0.0, 1.0, 1.0, 2.0]
+
+
+def test_alpha_near_one_is_the_reverse_kl_and_nothing_overflows():
+    log_u = torch.tensor([-200.0, -3.0, 0.0, 2.0], requires_grad=True)
+    near = f_dpo.score(log_u, "alpha", 1 - 1e-6)
+    np.testing.assert_allclose(near.detach(), log_u.detach(), rtol=2e-4)
+    for divergence in ("forward_kl", "js", "alpha"):
+        got = f_dpo.score(log_u, divergence, 0.5)
+        (gradient,) = torch.autograd.grad(got.sum(), log_u)
+        assert got.isfinite().all() and gradient.isfinite().all() and got[2] == 0
 
 
 def divergence_of(name, p, q):

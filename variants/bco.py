@@ -6,17 +6,22 @@
 
 -log sigmoid(chosen - shift) - log sigmoid(shift - rejected): shift is the mean over all batches so far, this one
 included, of the mean reward beta log(policy / reference) of their responses, without a gradient. It is in the
-checkpoints. The second line is MPO (arXiv:2411.10442) with it. TRL 0.12 had this shift, newer versions have none: that
-is the bco_pair of variants/dpo_losses.py.
+checkpoints. The second line is MPO (arXiv:2411.10442) with it. The bco_pair of variants/dpo_losses.py has no shift, nor
+have newer versions of TRL.
+
+differs: for pairs only, so without the paper's weights for good and bad responses to unlike prompts.
 """
 
+import math
 from dataclasses import dataclass
+
+import torch
 
 import dpo
 from configurator import configure, require
 from variants import dpo_losses
 
-OF_MARGINS = {"sigmoid", "robust", "exo_pair", "hinge", "ipo", "discopop"}  # a shift of both rewards changes nothing
+OF_MARGINS = {"sigmoid", "robust", "hinge", "ipo", "discopop"}  # a shift of both rewards changes nothing
 
 
 @dataclass
@@ -30,10 +35,18 @@ def before_batch(run, model, batch, columns):
     cfg = run.cfg
     logprobs = dpo.predict(cfg, run.world, run.tokenizer.n_vocab, model, batch)
     log_ratios = logprobs - columns["ref_logprobs"]
-    mean = cfg.beta * log_ratios.mean().item()
-    so_far = run.state.get("shift", 0.0)
-    run.state["shift"] = so_far + (mean - so_far) / (run.step + 1)
-    columns["shift"] = logprobs.new_full((len(logprobs), 1), run.state["shift"])
+    shift = mean_so_far(run.state, cfg.beta * log_ratios.mean().item())
+    columns["shift"] = torch.full_like(logprobs[:, :1], shift)
+
+
+def mean_so_far(state, mean):
+    """Add this batch's mean reward to those in `state`; returns the mean of all."""
+    state.setdefault("reward_sum", 0.0)
+    state.setdefault("n_batches", 0)
+    if math.isfinite(mean):  # a batch that on_nonfinite=skip leaves out must not spoil all that follow
+        state["reward_sum"] += mean
+        state["n_batches"] += 1
+    return state["reward_sum"] / max(1, state["n_batches"])
 
 
 def pair_loss(cfg, logprobs, micro):

@@ -3,16 +3,18 @@
     python -m variants.f_dpo config/toy_dpo.py --divergence=js --out_dir=out/toy/f_dpo
     torchrun --nproc_per_node=8 -m variants.f_dpo config/dpo_1b.py --divergence=alpha --out_dir=out/f_dpo_1b
 
-The implicit reward is beta f'(u) of u = policy / reference, up to a constant that falls out of a pair:
+The implicit reward is beta f'(u) of u = policy / reference, here with the constant by which it is 0 where u is 1:
 
-    reverse_kl   log u: DPO
-    forward_kl   -1 / u
-    js           log u / (1 + u): no reward is above 0
-    alpha        u ** (alpha - 1) / (alpha - 1): near 1 the reverse KL, at 0 the forward
+    reverse_kl   log(u): DPO
+    forward_kl   1 - 1 / u
+    js           log(2 u / (1 + u))
+    alpha        (u ** (alpha - 1) - 1) / (alpha - 1): from the forward KL at 0 to the reverse KL at 1
 
-These are the names and scores of TRL; the paper's alpha is 1 - alpha.
+The paper's alpha is 1 - alpha. In eval.json the accuracy is right for all of them, since they rise with u; what stands
+beside it is by DPO's reward.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,14 +34,16 @@ class Config(dpo_losses.Config):
 
 
 def score(log_u, divergence, alpha):
-    """f'(u), without its constant, of log u."""
+    """f'(u) of log u, 0 at u = 1."""
     if divergence == "reverse_kl":
         return log_u
-    if divergence == "forward_kl":
-        return -torch.exp(-log_u)
     if divergence == "js":
-        return F.logsigmoid(log_u)
-    return torch.exp((alpha - 1) * log_u) / (alpha - 1)
+        return F.logsigmoid(log_u) + math.log(2)
+    power = alpha - 1
+    if divergence == "forward_kl":
+        power = -1
+    # e ** 88 is the last that float32 holds: beyond 80 the score stays, without a gradient.
+    return torch.expm1((power * log_u).clamp(max=80)) / power
 
 
 def pair_loss(cfg, logprobs, micro):
@@ -52,6 +56,7 @@ def pair_loss(cfg, logprobs, micro):
 
 def main(cfg):
     require(cfg.alpha != 1, "alpha 1 is the reverse KL; give --divergence=reverse_kl")
+    require(not cfg.loss_weights, "loss_weights: there is one loss; leave them out")
     dpo_losses.main(cfg, loss=pair_loss)
 
 

@@ -5,8 +5,10 @@
 
 Pairs come from other writers; the weights bring the loss nearer to that of pairs which the policy has sampled. A weight
 is the product, over both responses, of the geometric mean of p(token) / sum p ** 2, the sum over the vocabulary (the
-paper's eq. 2, in its sampled alignment: the policy's own samples weigh about 1). It is 1 at most, as in TRL, and has no
-gradient. It goes with every loss of variants/dpo_losses.py.
+paper's eq. 2, in its sampled alignment: of a sure policy, its own samples weigh near 1). It has no gradient, and costs
+two passes more over each batch. It goes with every loss of variants/dpo_losses.py.
+
+differs: versions of TRL hold the weight at 1 at most, or weigh the SFT loss that is mixed in as well; here is neither.
 """
 
 from dataclasses import dataclass
@@ -39,7 +41,7 @@ def before_batch(run, model, batch, columns):
     squared = dpo.predict(run.cfg, run.world, n_vocab, Squared(model), batch)
     # (p ** 2 / sum p ** 2) / p, as a mean of its logarithm
     aligned = (squared - plain) / columns["lengths"]
-    columns["weight"] = aligned.sum(1).exp().clamp(max=1)
+    columns["weight"] = aligned.sum(1).exp()
 
 
 def pair_loss(cfg, logprobs, micro):
