@@ -329,7 +329,7 @@ SIGNS = {
     "divided_twice": Sign("divided twice", "grad_norm", "norm of the gradient", right="one step, 8"),
     "pads_in_means": Sign("pads in means", "approxkl", "KL of an update, nats per token", log=True),
     "pads_in_whitening": Sign("pads in whitening", "loss_size", "abs(policy loss)", log=True),
-    "groups": Sign("groups, no floor", "grad_norm", "norm of the gradient", log=True, right="groups"),
+    "groups": Sign("groups, no floor", "loss_size", "abs(policy loss)", log=True, right="groups"),
     "trailing_space": Sign("trailing space", "tokens", "tokens per response"),
     "two_spaces": Sign("two spaces", "tokens", "tokens per response"),
     "unnormalised": Sign("cut off, unnormalised", "eos", "responses that end", right="cut off"),

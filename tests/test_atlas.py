@@ -207,15 +207,19 @@ def test_pads_in_whitening_show_in_the_loss_of_a_single_step(first_updates):
     assert abs(wrong["loss/policy_avg"]) > 0.1
 
 
-def test_equal_scores_have_no_gradient_unless_the_deviation_has_no_floor(pipeline):
+def test_equal_scores_have_no_loss_and_no_gradient_unless_the_deviation_has_no_floor(pipeline):
     """The mean of eight times 0.7 is off by its rounding, 6e-8, and their deviation is 0."""
     norms = {}
+    losses = {}
     for floor in (1e-4, 1e-8):
         cfg = pipeline.config(ppo, f"atlas_floor_{floor}", group_size=8, n_epochs=1, missing_eos_score=0.7)
         advantages = functools.partial(atlas.group_std, floor=floor)
         ppo.main(cfg, score=same_score, advantages=advantages, token_loss=grpo.token_loss, with_critic=False)
-        norms[floor] = metrics(cfg)[0]["grad_norm"]
+        first = metrics(cfg)[0]
+        norms[floor] = first["grad_norm"]
+        losses[floor] = abs(first["loss/policy_avg"])
     assert norms[1e-4] < 0.01 and norms[1e-8] > 0.1
+    assert losses[1e-4] < 0.01 and losses[1e-8] > 0.1
 
 
 def same_score(queries, responses):
