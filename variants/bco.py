@@ -1,7 +1,7 @@
-"""BCO (arXiv:2404.04656) with its reward shift: a classifier of single responses whose threshold follows the rewards.
+r"""BCO (arXiv:2404.04656) with its reward shift: a classifier of single responses whose threshold follows the rewards.
 
     python -m variants.bco config/toy_dpo.py --out_dir=out/toy/bco
-    torchrun --nproc_per_node=8 -m variants.bco config/dpo_1b.py --out_dir=out/mpo_1b \\
+    torchrun --nproc_per_node=8 -m variants.bco config/dpo_1b.py --out_dir=out/mpo_1b \
         --loss_type=sigmoid,bco_pair,sft --loss_weights=0.8,0.2,1
 
 -log sigmoid(chosen - shift) - log sigmoid(shift - rejected): shift is the mean over all batches so far, this one

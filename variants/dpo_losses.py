@@ -1,7 +1,7 @@
-"""DPO's family by name, several at once with weights, per token, and with soft labels.
+r"""DPO's family by name, several at once with weights, per token, and with soft labels.
 
     python -m variants.dpo_losses config/toy_dpo.py --loss_type=apo_zero --out_dir=out/toy/dpo_apo_zero
-    python -m variants.dpo_losses config/toy_dpo.py --out_dir=out/mpo --loss_type=sigmoid,bco_pair,sft \\
+    python -m variants.dpo_losses config/toy_dpo.py --out_dir=out/mpo --loss_type=sigmoid,bco_pair,sft \
         --loss_weights=0.8,0.2,1
     torchrun --nproc_per_node=8 -m variants.dpo_losses config/dpo_1b.py --loss_type=robust --label_smoothing=0.1
 

@@ -1,7 +1,7 @@
-"""GSPO (arXiv:2507.18071): GRPO with one ratio for an answer, and its own bounds above and below.
+r"""GSPO (arXiv:2507.18071): GRPO with one ratio for an answer, and its own bounds above and below.
 
     python -m variants.sequence_ratio config/toy_ppo.py --out_dir=out/toy/gspo
-    python -m variants.sequence_ratio config/toy_ppo.py --out_dir=out/dapo --ratio_of=token --clip_low=0.2 \\
+    python -m variants.sequence_ratio config/toy_ppo.py --out_dir=out/dapo --ratio_of=token --clip_low=0.2 \
         --clip_high=0.28
     torchrun --nproc_per_node=8 -m variants.sequence_ratio config/ppo_1b.py --out_dir=out/gspo_1b
 
