@@ -420,6 +420,15 @@ def test_f_dpo_rewards_are_those_of_the_best_policy(divergence):
     assert of_worth.abs().max() > 0.01  # so that it was the divergence that held it back
 
 
+def test_discopop_pushes_a_margin_of_zero_down():
+    """Its slope there is (1 - log 2) / (4 tau) - 3/4, with tau 0.05; its minimum at -0.12, its maximum at 0.07."""
+    margin = torch.tensor([0.0, -0.13, -0.11, 0.06, 0.08, 0.5], dtype=torch.float64, requires_grad=True)
+    loss = dpo_formulas.discopop(margin, torch.zeros(6, dtype=torch.float64), 0.0, 0.1)
+    (slope,) = torch.autograd.grad(loss.sum(), margin)
+    assert slope[0].item() == pytest.approx((1 - np.log(2)) / 0.2 - 0.75, abs=1e-12)
+    assert (slope > 0).tolist() == [True, False, True, True, False, False]
+
+
 def test_soft_labels_weigh_both_orders():
     """p = 0.7 of a margin of 1.5 at beta 0.1: -(0.7 log sigmoid(0.15) + 0.3 log sigmoid(-0.15))."""
     loss = dpo_formulas.sigmoid(torch.tensor(0.1), torch.tensor(-0.05), torch.tensor(0.3), 0.1)
