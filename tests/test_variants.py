@@ -317,8 +317,7 @@ def test_bco_threshold_is_the_mean_reward_so_far(pipeline):
     go_on_from_the_third(cfg, bco.main)
 
 
-def test_a_threshold_moves_no_loss_of_a_margin(pipeline):
-    """MPO's three losses, their shift and all: what bco_pair adds to sigmoid differs, sigmoid alone does not."""
+def test_mpo_with_a_threshold_begins_as_without_and_ends_elsewhere(pipeline):
     options = dict(loss_type="sigmoid,bco_pair,sft", beta=1.0, lr=1e-3)
     _, with_shift = dpo_run(pipeline, "mpo_shift", bco, loss_weights="0.8,0.2,1", **options)
     _, without = dpo_run(pipeline, "mpo_plain", dpo_losses, loss_weights="0.8,0.2,1", **options)

@@ -378,6 +378,24 @@ def test_f_dpo_matches_numbers_by_hand(divergence, rewards, loss):
     assert losses.item() == pytest.approx(loss, abs=EXACT)
 
 
+@pytest.mark.parametrize(
+    "loss_weights, expected",
+    [
+        ("0,1", 0.744397 + 0.575939),  # log(1 + e ** 0.1) + log(1 + e ** -0.25)
+        ("1,0", 0.620957),  # of a margin of 0.15, whatever the threshold
+        ("0.8,0.2", 0.8 * 0.620957 + 0.2 * 1.320336),
+    ],
+)
+def test_bco_threshold_matches_numbers_by_hand_and_moves_no_loss_of_a_margin(loss_weights, expected):
+    """Log-ratios 1 and -0.5 at beta 0.1, threshold 0.2."""
+    cfg = bco.Config(loss_type="sigmoid,bco_pair", loss_weights=loss_weights, beta=0.1)
+    micro = {"ref_logprobs": torch.tensor([[-3.0, -4.0]]), "smoothing": torch.zeros(1)}
+    micro["shift"] = torch.tensor([[0.2]])
+    losses, rewards = bco.pair_loss(cfg, torch.tensor([[-2.0, -4.5]]), micro)
+    assert losses.item() == pytest.approx(expected, abs=EXACT)
+    np.testing.assert_allclose(rewards, [[0.1, -0.05]], atol=EXACT)
+
+
 def test_bco_threshold_leaves_out_what_is_no_number():
     state = {}
     assert [bco.mean_so_far(state, mean) for mean in (np.nan, 1.0, np.nan, 3.0)] == [0.0, 1.0, 1.0, 2.0]
