@@ -1,5 +1,6 @@
 # make demo    set up, then run the whole pipeline on the embedded toy data, on a CPU
 # make test    set up, then run the tests
+# make demo CONFIG=lab/config OUT=out/lab-toy-1   the same with the larger, slower toy of the laboratory
 # make lab     set up, then run the laboratory's first experiment (LAB="" runs all of them)
 # make constitution   set up, then a small language model on this machine labels toy pairs and revises summaries
 # make repro   set up, then PPO from published models of 410m, on a GPU (docs/repro.md)
@@ -14,7 +15,7 @@ OUT    ?= out/toy$(if $(filter-out 1,$(SEED)),-$(SEED))
 # threads that wait must sleep: spinning ones hold a core that another process needs, and all crawl
 export OMP_WAIT_POLICY = passive
 export TOKENIZERS_PARALLELISM = false
-demo: export TOY_OUT = $(OUT)
+CONFIG ?= config
 LAB    ?= overoptimisation
 # hub ids or directories
 REPRO_SFT ?= mnoukhov/pythia410m-sft-tldr
@@ -22,15 +23,7 @@ REPRO_RM  ?= mnoukhov/pythia410m-rm-tldr6.9b
 
 .PHONY: demo test lab constitution repro lint
 demo: $(VENV)/ready
-	$(PY) toy/make_data.py $(OUT)/data --seed=$(SEED)
-	$(PY) sft.py config/toy_sft.py --seed=$(SEED)
-	$(PY) rm.py config/toy_rm.py --seed=$(SEED)
-	$(PY) ppo.py config/toy_ppo.py --seed=$(SEED)
-	$(PY) dpo.py config/toy_dpo.py --seed=$(SEED)
-	for stage in sft ppo dpo; do \
-		$(PY) sample.py config/toy_sample.py --model=$(OUT)/$$stage/final --out_dir=$(OUT)/$$stage/samples || exit 1; \
-	done
-	$(PY) toy/report.py $(OUT)
+	$(PY) -m toy.demo $(OUT) --seed=$(SEED) --config=$(CONFIG)
 
 test: $(VENV)/ready-dev
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder

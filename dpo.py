@@ -13,14 +13,8 @@ Shapes: B pairs in a micro-batch, R response tokens.
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
-
+from config.fields import TrainConfig
 from configurator import Positive, Share, UserError, configure, require
-from data import collate
-from evals.tables import accuracy_table, overall, report
-from model import GPTNeoX
-from runtime import Run, TrainConfig, backward, load_model, optimizer_step, stage, start
 
 
 @dataclass
@@ -35,6 +29,18 @@ class Config(TrainConfig):
     loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"  # more: variants/dpo_losses.py
     label_smoothing: Share = 0.0  # probability that a label is wrong, for loss_type sigmoid
     sft_coef: float = 0.0  # weight of an added SFT loss, per token of the chosen responses
+
+
+if __name__ == "__main__":
+    cfg = configure(Config)  # before the imports that take seconds: --help and a wrong option are answered at once
+
+import torch
+import torch.nn.functional as F
+
+from data import collate
+from evals.tables import accuracy_table, overall, report
+from model import GPTNeoX
+from runtime import Run, backward, load_model, optimizer_step, stage, start
 
 
 @stage
@@ -172,4 +178,4 @@ def predict(cfg, world, n_vocab, model, rows):
 
 
 if __name__ == "__main__":
-    main(configure(Config))
+    main(cfg)

@@ -57,7 +57,8 @@ class KVCache:
             # A decoding step: one column of every row.
             keys.index_copy_(2, self.last, k)
             values.index_copy_(2, self.last, v)
-            return keys, values, self.mask[:, None, None]
+            mask = self.mask[:, None, None]  # (B, 1, 1, columns)
+            return keys, values, mask
         keys[self.rows, :, :T] = k
         values[self.rows, :, :T] = v
         return k, v, None
@@ -110,7 +111,6 @@ def sample_token(logits, temperature, uniforms, n_vocab=None):
     return tokens[:, 0], logprobs[:, 0]
 
 
-@torch.compiler.set_stance("force_eager")  # a compiled block would be compiled anew for the cache's shapes
 @torch.no_grad()
 def generate(
     model, queries, query_lens, max_new_tokens, temperature, uniforms=None,

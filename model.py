@@ -118,7 +118,9 @@ class Body(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed_in = nn.Embedding(config.vocab_size, config.hidden_size)
+        # (`init_weights` draws it. nn.Embedding would do so, too, on "meta" by PyTorch's compiler, a second's import.)
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_in = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.checkpointing = False  # keep only the blocks' inputs for the backward pass, and compute the rest again

@@ -59,16 +59,8 @@ import functools
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-
+from config.fields import TrainConfig
 from configurator import Count, Positive, Signed, configure, require
-from data import collate, pick, uniforms
-from evals import colour, scores
-from hub.files import split_names, write_jsonl
-from model import GPTNeoX, ScalarModel
-from runtime import Run, TrainConfig, backward, generate_rows, load_model, optimizer_step, stage, start
 
 
 @dataclass
@@ -119,6 +111,20 @@ class Config(TrainConfig):
     # ---- logging
     samples_every: int = 10  # updates between rows in samples.jsonl; 0: none
     samples_rows: Count = 4  # how many rows each time
+
+
+if __name__ == "__main__":
+    cfg = configure(Config)  # before the imports that take seconds: --help and a wrong option are answered at once
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data import collate, pick, uniforms
+from evals import colour, scores
+from hub.files import split_names, write_jsonl
+from model import GPTNeoX, ScalarModel
+from runtime import Run, backward, generate_rows, load_model, optimizer_step, stage, start
 
 
 def train(run, cfg, policy, reference, critic, scorer, advantages, token_loss, before_step, after_update):
@@ -603,4 +609,4 @@ def main(cfg, score=None, advantages=advantages, token_loss=clipped_surrogate, w
 
 
 if __name__ == "__main__":
-    main(configure(Config))
+    main(cfg)

@@ -17,14 +17,8 @@ Shapes: B rows in a micro-batch, K responses per row (2 for pairs), the best fir
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-
+from config.fields import TrainConfig
 from configurator import Share, configure
-from data import collate, last_scalars
-from evals.tables import accuracy_table, overall, report
-from model import ScalarModel
-from runtime import Run, TrainConfig, backward, check_rows, load_model, load_split, optimizer_step, stage, start
 
 TLDR_PAIRS = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"
 TLDR_POSTS = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"
@@ -43,6 +37,18 @@ class Config(TrainConfig):
     # ---- loss
     target_clamp: float = 0.5  # keep target probabilities within 0.5 -+ this (arXiv:2212.08073: 0.1); 0.5: as they are
     label_noise: Share = 0.0  # share of labels that are the toss of a coin (arXiv:1706.03741: 0.1)
+
+
+if __name__ == "__main__":
+    cfg = configure(Config)  # before the imports that take seconds: --help and a wrong option are answered at once
+
+import torch
+import torch.nn.functional as F
+
+from data import collate, last_scalars
+from evals.tables import accuracy_table, overall, report
+from model import ScalarModel
+from runtime import Run, backward, check_rows, load_model, load_split, optimizer_step, stage, start
 
 
 @stage
@@ -224,4 +230,4 @@ def eos_rewards(run, cfg, model, rows):
 
 
 if __name__ == "__main__":
-    main(configure(Config))
+    main(cfg)

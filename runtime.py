@@ -1,4 +1,4 @@
-"""What every stage needs and none is about: its configuration, its data, the run in its directory.
+"""What every stage needs and none is about: its data, the run in its directory.
 
 What stages use of distributed/ they take from here: `backward`, `optimizer_step` (optimizer.py), `generate_rows`,
 `load_model` (sharding.py), `open_directory` (checkpoint.py), and the decorator `stage` (processes.py), by which errors
@@ -9,89 +9,29 @@ All randomness is a function of the seed and of where in the run it is drawn: th
 
 import math
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from configurator import Count, Share, UserError, check, require
+from config.fields import RunConfig, TrainConfig  # noqa: F401
+from configurator import UserError, require
 from data import batch_indices, load_rows
 from distributed.checkpoint import open_directory, resume, save_checkpoint
 from distributed.inputs import check_inputs, check_rows  # noqa: F401
-from distributed.optimizer import backward, make_optimizer, optimizer_step  # noqa: F401
+from distributed.optimizer import AdamW, backward, optimizer_step  # noqa: F401
 from distributed.processes import Done, Signals, World, stage  # noqa: F401
 from distributed.sharding import generate_rows, keep_whole, load_model  # noqa: F401
 from hub.companions import write_companions
 from hub.config import GPTNeoXConfig
 from hub.fetch import find_model
-from hub.files import expand, move, split_names, write_jsonl
+from hub.files import move, split_names, write_jsonl
 from hub.reader import has_split
 from hub.tokenizer import Tokenizer
 from hub.trackers import Tracker, require_library
-
-
-@dataclass
-class RunConfig:
-    """The fields that all scripts share."""
-
-    # ---- the run
-    out_dir: str = "out/run"  # where everything that a run writes goes
-    seed: int = 44413  # decides the initial weights, the data order and every sampled token
-    accept_changes: bool = False  # go on in an out_dir that holds a run with another configuration
-    # ---- data
-    max_query_tokens: Count = 512  # posts are cut to this (arXiv:2403.17031 detail 2.2); articles to no less than 1919
-    too_long: Literal["stop", "drop", "cut"] = "stop"  # rows longer than max_length, or the model; cut: their responses
-    # ---- processes and memory
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # compute; auto: bfloat16 on cuda; the masters are float32
-    shard_size: int = 0  # processes that share one copy of a model, a node's for example; 0: all
-    offload: Literal["none", "frozen", "all"] = "none"  # to CPU memory: frozen models; or trained ones and Adam's too
-    rollout_gather: bool = True  # sample with a model's parameters whole on each process; False: block by block
-    compile: bool = False  # torch.compile of each block, once for all lengths; generation goes without
-
-    def __post_init__(self):
-        for field in fields(self):
-            check(field, getattr(self, field.name), type(self).__qualname__)
-        self.out_dir = expand(self.out_dir)
-
-
-@dataclass
-class TrainConfig(RunConfig):
-    """The fields that all training stages share; the values are those of arXiv:2403.17031."""
-
-    # ---- data
-    train_split: str = "train"  # the rows to train on
-    eval_split: str = "validation"  # empty: no evaluation
-    max_length: int = 638  # tokens of query + response; 0: as many as the model takes
-    # ---- batch
-    episodes: int = 0  # rows in the whole run, shuffled anew in each epoch; 0: every row once
-    batch_size: Count = 64  # rows per update, over all processes
-    micro_batch_size: Count = 1  # rows that a process takes through one pass with gradients
-    # ---- optimizer
-    lr: float = 3e-6  # peak learning rate
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # of the learning rate; the first two go to 0
-    warmup_steps: int = 0  # updates over which it rises to its peak
-    adam_beta1: Share = 0.9  # decay of the gradient's mean
-    adam_beta2: Share = 0.999  # decay of the squared gradient's mean
-    adam_eps: float = 1e-5  # added to the root of the latter
-    adam_style: Literal["torch", "tf"] = "torch"  # tf: eps is added before the bias correction (arXiv:1909.08593)
-    weight_decay: float = 0.01  # decoupled, on all parameters
-    max_grad_norm: float = 0.0  # clip the gradient's global norm; 0: do not clip
-    on_nonfinite: Literal["stop", "skip"] = "stop"  # what to do when a loss or the gradient is not finite
-    # ---- memory
-    train_gather: bool = False  # keep parameters and gradients whole on each process until a step's last micro-batch
-    logits_chunk: int = 0  # positions of a row whose logits are in memory together, computed again for backward; 0: all
-    activation_checkpointing: bool = False  # compute a block's activations again in the backward pass
-    # ---- checkpoints
-    save_every: int = 0  # updates between resumable checkpoints; 0: none but that of a run stopped by a signal
-    keep_checkpoints: Count = 2  # how many of them to keep: the last ones
-    keep_every: int = 0  # and those after each multiple of this many updates; 0: no others
-    # ---- logging
-    log_to: Literal["none", "csv", "tensorboard", "wandb"] = "none"  # where metrics go besides metrics.jsonl
-
 
 # ---------------------------------------------------------------------------- the start
 
@@ -126,7 +66,8 @@ def start(cfg, n_responses, models, functions, tokenizer_source="", n_minibatche
         world.print(f"{cfg.data}: without {{split}} in its path no rows are held out, and none evaluated; {share}")
 
     parts = n_minibatches * world.size
-    require(cfg.batch_size % parts == 0, f"batch_size must be a multiple of {parts}, minibatches x processes")
+    which = f"{parts}, minibatches x processes"
+    require(cfg.batch_size % parts == 0, f"batch_size must be a multiple of {which}")
     n_rows = cfg.episodes or len(train)
     n_updates = n_rows // cfg.batch_size
     require(n_updates > 0, f"{n_rows} rows are less than a batch of {cfg.batch_size}; lower batch_size")
@@ -179,7 +120,7 @@ class Run:
         self.total = data.n_updates
 
         self.models = nn.ModuleDict(models)
-        self.optimizer = make_optimizer(cfg, self.models, lrs or {})
+        self.optimizer = AdamW(cfg, self.models, lrs or {})
         self.losses = []  # (positions in the batch, loss): `backward` appends, `optimizer_step` looks and clears
         self.skipped = 0  # steps that optimizer_step left out since the last row of metrics.jsonl
         self.n_tokens = 0  # of this update's passes with gradients

@@ -21,11 +21,8 @@ import runpy
 import sys
 from dataclasses import dataclass
 
+from config.fields import RunConfig
 from configurator import Count, configure, require
-from evals.samples import complete, evaluate
-from hub.files import split_names, write_json, write_jsonl
-from hub.tokenizer import Tokenizer
-from runtime import RunConfig, World, open_directory, stage
 
 
 @dataclass
@@ -46,6 +43,20 @@ class Config(RunConfig):
     # ---- results
     out_dir: str = ""  # where all files go; empty: only print
     compare: int = 0  # show so many responses, their tokens coloured by log p - log p of `reference`
+
+
+if __name__ == "__main__":
+    # Judging is a script of its own, and so is counting right answers.
+    for option, script in {"--judge=": "evals.winrate", "--scorer=": "evals.passk"}.items():
+        if option in " ".join(sys.argv):
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+            sys.exit()
+    cfg = configure(Config)  # before the imports that take seconds: --help and a wrong option are answered at once
+
+from evals.samples import complete, evaluate
+from hub.files import split_names, write_json, write_jsonl
+from hub.tokenizer import Tokenizer
+from runtime import World, open_directory, stage
 
 
 @stage
@@ -76,10 +87,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    # Judging is a script of its own, and so is counting right answers.
-    if "--judge=" in " ".join(sys.argv):
-        runpy.run_module("evals.winrate", run_name="__main__", alter_sys=True)
-    elif "--scorer=" in " ".join(sys.argv):
-        runpy.run_module("evals.passk", run_name="__main__", alter_sys=True)
-    else:
-        main(configure(Config))
+    main(cfg)

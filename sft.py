@@ -14,10 +14,8 @@ of the whole batch, which gives the same mean over sequences for any micro-batch
 from dataclasses import dataclass
 from typing import Literal
 
+from config.fields import TrainConfig
 from configurator import Count, configure
-from data import collate
-from model import GPTNeoX
-from runtime import Run, TrainConfig, backward, load_model, optimizer_step, stage, start
 
 
 @dataclass
@@ -37,6 +35,14 @@ class Config(TrainConfig):
     # ---- logging
     eval_every: int = 0  # updates between evaluations; 0: only after the last
     export_every: int = 0  # updates between models in out_dir/step_N, for sample.py to choose from; 0: only the last
+
+
+if __name__ == "__main__":
+    cfg = configure(Config)  # before the imports that take seconds: --help and a wrong option are answered at once
+
+from data import collate
+from model import GPTNeoX
+from runtime import Run, backward, load_model, optimizer_step, stage, start
 
 
 @stage
@@ -127,4 +133,4 @@ def evaluate(run, cfg, model, inputs):
 
 
 if __name__ == "__main__":
-    main(configure(Config))
+    main(cfg)

@@ -1,6 +1,6 @@
 """Every option of PPO, of the reward model and of DPO, off against on, on the toy data with three seeds.
 
-    for s in 1 2 3; do make demo SEED=$s; done                       # data, SFT and reward models
+    for s in 1 2 3; do make demo CONFIG=lab/config OUT=out/lab-toy-$s SEED=$s; done   # data, SFT and reward models
     python bench/options.py                                          # trains; goes on where it was stopped
     for s in 1 2 3; do python bench/options.py --seed=$s & done; wait
     python bench/options.py --table                                  # the table, from what has been trained
@@ -33,10 +33,10 @@ from variants import dpo_losses, ppo_max  # noqa: E402
 SEEDS = (1, 2, 3)
 OUT = ROOT / "out" / "bench"
 RESULTS = ROOT / "bench" / "options.jsonl"
-PPO = ["config/toy_ppo.py", f"--episodes={20 * 64}", "--n_minibatches=4", "--n_epochs=1", "--micro_batch_size=16",
+PPO = ["lab/config/toy_ppo.py", f"--episodes={20 * 64}", "--n_minibatches=4", "--n_epochs=1", "--micro_batch_size=16",
        "--samples_every=0", "--eval_split="]  # fmt: skip
-DPO = ["config/toy_dpo.py", "--train_split=train[:960]", "--episodes=0", "--eval_split="]
-RM = ["config/toy_rm.py", "--train_split=train[:2400]", "--episodes=0"]
+DPO = ["lab/config/toy_dpo.py", "--train_split=train[:960]", "--episodes=0", "--eval_split="]
+RM = ["lab/config/toy_rm.py", "--train_split=train[:2400]", "--episodes=0"]
 NORM = ["--reward_norm=normalize", "--reward_clip=0.8"]
 PPO_MAX = [*NORM, "--whiten_advantages=false", "--critic_steps=4", "--critic_lr=9e-4", "--max_grad_norm=1.0",
            "--ptx_coef=0.1"]  # fmt: skip
@@ -84,7 +84,7 @@ GROUPS = {"ppo": PPO_OPTIONS, "dpo": DPO_OPTIONS, "rm": RM_OPTIONS}
 
 def demo(seed):
     """Where `make demo` of that seed has put data and models."""
-    return ROOT / "out" / (f"toy-{seed}" if seed > 1 else "toy")
+    return ROOT / "out" / f"lab-toy-{seed}"
 
 
 def place(group, name, seed):
@@ -116,7 +116,7 @@ def run(group, name, seed):
     os.environ["TOY_OUT"] = str(demo(seed))
     directory = place(group, name, seed)
     accuracy = train(group, name, seed, directory)
-    argv = ["config/toy_sample.py", f"--model={directory}/final", "--split=validation[:250]", "--seed=1"]
+    argv = ["lab/config/toy_sample.py", f"--model={directory}/final", "--split=validation[:250]", "--seed=1"]
     sample.main(configure(sample.Config, [*argv, f"--out_dir={directory}/samples"]))
     summary = read_json(directory / "samples" / "summary.json")
     stats = gold.evaluate_file(directory / "samples" / "samples.jsonl")

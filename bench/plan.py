@@ -29,7 +29,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.nn.modules.module import register_module_module_registration_hook
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -44,6 +43,7 @@ import rm  # noqa: E402
 import sft  # noqa: E402
 from configurator import configure, require  # noqa: E402
 from data import Tokenizer  # noqa: E402
+from distributed.optimizer import AdamW  # noqa: E402
 from generation import PREFILL_ROWS, KVCache, decode_one_token, sample_token  # noqa: E402
 from hub.files import write_jsonl  # noqa: E402
 from model import GPTNeoX, GPTNeoXConfig, ScalarModel  # noqa: E402
@@ -582,11 +582,11 @@ def run_and_print_peaks(stage, cfg):
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
             before.append(high_water_mark())
 
-    def report(optimizer, args, kwargs):
+    def report():
         print(json.dumps({"peak": high_water_mark() - before[0]}), flush=True)
 
     register_module_module_registration_hook(begin)
-    register_optimizer_step_post_hook(report)
+    AdamW.watchers = (report,)
     stage.main(cfg)
 
 

@@ -1,14 +1,14 @@
 """The variants beside PPO and DPO on the toy data: the same models, posts and number of episodes, three seeds.
 
-    for s in 1 2 3; do make demo SEED=$s; done       # data, SFT and reward models
+    for s in 1 2 3; do make demo CONFIG=lab/config OUT=out/lab-toy-$s SEED=$s; done       # data, SFT and reward models
     python bench/variants.py                         # trains and samples, an arm per core; goes on where it was stopped
     python bench/variants.py --speed                 # seconds and memory, by turns; run it alone
     python bench/variants.py --table                 # the tables of variants/README.md, from what has been measured
 
-Every arm has PPO's or DPO's configuration of the toy (config/toy_ppo.py: 36 updates of 64 episodes; config/toy_dpo.py:
-150 updates of 32 pairs) and its own defaults, but for what its line here says. Gold is the mean over the 500 held-out
-posts of the score that no stage has seen, with its 95 % interval; reward is the reward model's score, KL that to SFT in
-nats per response. Rows are appended to bench/variants.jsonl.
+Every arm has PPO's or DPO's configuration of the laboratory's toy (lab/config/toy_ppo.py: 36 updates of 64 episodes;
+lab/config/toy_dpo.py: 150 updates of 32 pairs) and its own defaults, but for what its line here says. Gold is the mean
+over the 500 held-out posts of the score that no stage has seen, with its 95 % interval; reward is the reward model's
+score, KL that to SFT in nats per response. Rows are appended to bench/variants.jsonl.
 
 Seconds are those from one row of metrics.jsonl to the next, the median of three rounds in which all arms take a few
 updates each, one after the other; memory is the process's largest resident set, less that of one that has imported the
@@ -136,9 +136,8 @@ DPO_ARMS = {
 
 
 def demo(seed):
-    """Where `make demo SEED=...` has left data and models."""
-    name = "toy" if seed == 1 else f"toy-{seed}"
-    return ROOT / "out" / name
+    """Where the first line above has left data and models."""
+    return ROOT / "out" / f"lab-toy-{seed}"
 
 
 def environment(seed, threads):
@@ -149,7 +148,7 @@ def command(stage, arm, seed, directory):
     script, *options = arm.launch.split()
     if script == "-m":
         script = f"-m {options.pop(0)}"
-    return [*script.split(), f"config/toy_{stage}.py", f"--seed={seed}", f"--out_dir={directory}", *options]
+    return [*script.split(), f"lab/config/toy_{stage}.py", f"--seed={seed}", f"--out_dir={directory}", *options]
 
 
 # ---------------------------------------------------------------------------- gold
@@ -163,7 +162,7 @@ def run_arm(stage, name, arm, seed, threads):
 
     model = f"--model={directory}/final"
     samples = f"--out_dir={directory}/samples"
-    subprocess.run([sys.executable, "sample.py", "config/toy_sample.py", model, samples, "--seed=1"], **options)
+    subprocess.run([sys.executable, "sample.py", "lab/config/toy_sample.py", model, samples, "--seed=1"], **options)
     summary = read_json(directory / "samples" / "summary.json")
     stats = gold.evaluate_file(directory / "samples" / "samples.jsonl")
     row = {"name": name, "seed": seed, "gold": stats["gold_mean"], "interval": stats["gold_ci95"]}

@@ -13,9 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
 from configurator import UserError, require
+from distributed.processes import CheckpointError
 from hub.files import move, read_json, write_json
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "timing.jsonl")
@@ -88,14 +88,30 @@ def save_checkpoint(run):
 
     tensors = training_state(run)
     files = {name: 1 + number // TENSORS_PER_FILE for number, name in enumerate(tensors)}
-    writer = dcp.HuggingFaceStorageWriter(temporary, files, save_distributed=True)
-    dcp.save(tensors, storage_writer=writer)
+    with checkpointing() as dcp:
+        writer = dcp.HuggingFaceStorageWriter(temporary, files, save_distributed=True)
+        dcp.save(tensors, storage_writer=writer)
     written = checksums(run.world, temporary)
     require(written, f"{temporary}: not all of it can be read back; out_dir must be one disk that all processes see")
     if run.world.is_main:
         write_json(temporary / "checksums.json", written)
         move(temporary, directory / f"step_{run.step}")
         remove_old(run)
+
+
+@contextlib.contextmanager
+def checkpointing():
+    """PyTorch's module for checkpoints, whose exception holds the errors of all ranks: one of them takes its place."""
+    import torch.distributed.checkpoint as dcp  # here, because it takes a second
+
+    try:
+        yield dcp
+    except dcp.CheckpointException as error:
+        # It has failures: rank -> (its error, a traceback).
+        cause, _ = next(iter(error.failures.values()))
+        if not isinstance(cause, Exception):
+            raise
+        raise CheckpointError(cause) from cause
 
 
 def log_files(run):
@@ -185,7 +201,8 @@ def find_newest_whole(run, steps):
 def load_checkpoint(run):
     """Fill models, optimizer and run.state from run.step's checkpoint; returns the sizes that the logs had."""
     path = run.out_dir / "checkpoints" / f"step_{run.step}"
-    dcp.load(training_state(run), storage_reader=dcp.HuggingFaceStorageReader(path))
+    with checkpointing() as dcp:
+        dcp.load(training_state(run), storage_reader=dcp.HuggingFaceStorageReader(path))
     stored = read_json(path / "state.json")
     del stored["step"]
     sizes = stored.pop("sizes")

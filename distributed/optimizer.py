@@ -3,30 +3,62 @@
 import math
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.optim.adamw import adamw
 
 from configurator import UserError
-from hub.weights import full
+from hub.weights import full, is_sharded
 
 
-def make_optimizer(cfg, models, lrs):
-    """AdamW with a group per model; lrs: name -> its learning rate, if not cfg.lr.
+class AdamW:
+    """What torch.optim.AdamW does, by its function. (To make one of that class imports PyTorch's compiler: a second.)
 
     Its state is there from the start, so that a checkpoint holds that of every parameter, also of those that have not
     had a gradient yet.
     """
-    groups = []
-    for name, model in models.items():
-        groups.append({"params": model.parameters(), "initial_lr": lrs.get(name) or cfg.lr})
-    betas = (cfg.adam_beta1, cfg.adam_beta2)
-    optimizer = torch.optim.AdamW(groups, cfg.lr, betas, cfg.adam_eps, cfg.weight_decay, fused=True)
-    for parameter in models.parameters():
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    return optimizer
+
+    watchers = ()  # functions that are called after each step: how bench/ and tests/ look on
+
+    def __init__(self, cfg, models, lrs):
+        """A group per model; lrs: name -> its learning rate, if not cfg.lr."""
+        self.groups = []
+        self.state = {}
+        self.options = dict(beta1=cfg.adam_beta1, beta2=cfg.adam_beta2)
+        self.options.update(weight_decay=cfg.weight_decay, amsgrad=False, maximize=False, fused=True)
+        for name, model in models.items():
+            parameters = list(model.parameters())
+            lr = lrs.get(name) or cfg.lr
+            self.groups.append({"parameters": parameters, "initial_lr": lr, "eps": cfg.adam_eps})
+            for parameter in parameters:
+                self.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+    @torch.no_grad()
+    def step(self):
+        """Move the parameters that have a gradient, by the `lr` and `eps` of their groups."""
+        for group in self.groups:
+            parameters = with_gradient(group["parameters"])
+            gradients = [parameter.grad for parameter in parameters]
+            moments = {}
+            for name in ("exp_avg", "exp_avg_sq", "step"):
+                moments[name] = [self.state[parameter][name] for parameter in parameters]
+            numbers = {"lr": group["lr"], "eps": group["eps"], **self.options}
+            state = (moments["exp_avg"], moments["exp_avg_sq"], [], moments["step"])
+            adamw(parameters, gradients, *state, **numbers)
+        for watcher in self.watchers:
+            watcher()
+
+    def zero_grad(self):
+        for parameter in self.state:
+            parameter.grad = None
+
+
+def with_gradient(parameters):
+    return [parameter for parameter in parameters if parameter.grad is not None]
 
 
 def learning_rate(step, total_steps, lr, schedule, warmup_steps=0):
@@ -45,8 +77,8 @@ def backward(run, loss, indices=()):
     """Back-propagate this rank's part of a loss that is a sum over all ranks: the caller has divided by their totals.
 
     indices: positions in the batch of the rows in it, to be named if the loss is not finite.
-    FSDP averages gradients over the ranks; the factor undoes that. (set_gradient_divide_factor does not work on
-    gloo, and on the root module alone it leaves the blocks averaged.)
+    FSDP averages gradients over the ranks, and so does `average`; the factor undoes that. (set_gradient_divide_factor
+    does not work on gloo, and on the root module alone it leaves the blocks averaged.)
     """
     run.losses.append((indices, loss.detach()))
     (loss * run.world.size).backward()
@@ -60,7 +92,9 @@ def optimizer_step(run):
     """
     cfg = run.cfg
     parameters = list(run.models.parameters())
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in with_gradient(parameters)]
+    if run.world.size > 1:
+        average([gradient for gradient in gradients if not is_sharded(gradient)])
     norm = full(nn.utils.get_total_norm(gradients)).to(run.world.device)
     numbers = torch.stack([norm, *(loss for _, loss in run.losses)])
     # One rank's bad loss stops, or skips, the step on all.
@@ -71,18 +105,30 @@ def optimizer_step(run):
 
     if cfg.max_grad_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, cfg.max_grad_norm, norm)
-    for group in run.optimizer.param_groups:
+    for group in run.optimizer.groups:
         group["lr"] = learning_rate(run.step, run.total, group["initial_lr"], cfg.schedule, cfg.warmup_steps)
         if cfg.adam_style == "tf":
             # torch adds eps to the corrected root, TensorFlow to the root before correction.
-            n_steps = 1 + run.optimizer.state[group["params"][0]]["step"].item()
+            n_steps = 1 + run.optimizer.state[group["parameters"][0]]["step"].item()
             group["eps"] = cfg.adam_eps / math.sqrt(1 - cfg.adam_beta2**n_steps)
     if skip:
         run.skipped += 1
     else:
         run.optimizer.step()
     run.optimizer.zero_grad()
-    return {"lr": run.optimizer.param_groups[0]["lr"], "grad_norm": norm.item()}
+    return {"lr": run.optimizer.groups[0]["lr"], "grad_norm": norm.item()}
+
+
+def average(gradients):
+    """Average gradients over the ranks, in place and all at once: those of plain modules, not of FSDP's."""
+    if not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts):
+        gradient.copy_(part.view_as(gradient))
 
 
 def describe_nonfinite(run, norm):

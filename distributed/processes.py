@@ -15,7 +15,6 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import CheckpointException
 from tqdm import tqdm
 
 from configurator import UserError, explain, require
@@ -47,12 +46,12 @@ class World:
         self.size = dist.get_world_size()
         self.is_main = self.rank == 0
 
-        shards = cfg.shard_size or self.size
-        wrong = f"shard_size {shards} does not divide the {self.size} processes; lower it"
-        require(self.size % shards == 0, wrong)
-        shape = (self.size // shards, shards)
+        self.n_shards = cfg.shard_size or self.size
+        wrong = f"shard_size {self.n_shards} does not divide the {self.size} processes; lower it"
+        require(self.size % self.n_shards == 0, wrong)
+        shape = (self.size // self.n_shards, self.n_shards)
         self.mesh = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=("replicas", "shards"))
-        if shards == self.size:
+        if self.n_shards == self.size:
             self.mesh = self.mesh["shards"]  # one copy: FSDP; with two dimensions it replicates, too
 
     def print(self, *lines):
@@ -168,6 +167,10 @@ class Done(Exception):
     """There is nothing to do, or a signal has ended the run: `stage` ends quietly."""
 
 
+class CheckpointError(Exception):
+    """A checkpoint could not be written or read; its cause says why."""
+
+
 class Signals:
     """SIGTERM or SIGINT (Ctrl-C) asks the run to end after the update; after either, Ctrl-C ends it at once."""
 
@@ -229,7 +232,7 @@ def stage(main):
         except UserError:
             close_bars()
             raise
-        except (OSError, MemoryError, RuntimeError, CheckpointException) as error:
+        except (OSError, MemoryError, RuntimeError, CheckpointError) as error:
             close_bars()
             if not getattr(error, "is_of_user", False):
                 raise_in_one_line(error, cfg)
@@ -255,17 +258,14 @@ def close_bars():
 def raise_in_one_line(error, cfg):
     """Raise a UserError for an error that the user can mend; return for any other."""
     cause = error
-    failed_to_save = False
-    if isinstance(error, CheckpointException):
-        # It has failures: rank -> (its error, a traceback).
-        cause, _ = next(iter(error.failures.values()))
-        failed_to_save = isinstance(cause, Exception)
+    if isinstance(error, CheckpointError):
+        cause = error.__cause__
     reason = str(cause).split("\n")[0]
     if isinstance(cause, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason:
         names = [name for name in vars(cfg) if "micro_batch_size" in name]
         sizes = " or ".join(f"{name} ({getattr(cfg, name)})" for name in names)
         raise UserError(f"out of memory: {reason}; lower {sizes}, or see activation_checkpointing") from None
-    if failed_to_save or getattr(cause, "errno", None):
+    if cause is not error or getattr(cause, "errno", None):
         mend = "mend that and run the same command again"
         path = str(getattr(cause, "filename", None) or cfg.out_dir)
         where = f"out_dir {cfg.out_dir}: " if path.startswith(cfg.out_dir) else ""

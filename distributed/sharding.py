@@ -1,15 +1,15 @@
 """Models over processes: FSDP2, and weights that each rank reads for itself.
 
 Memory is saved by sharding, and time by keeping parameters whole where they fit: while responses are sampled, or until
-a step's last micro-batch. One process that computes in float32 has nothing to share or to cast: there models are
-plain modules.
+a step's last micro-batch. A process that holds a model alone, and computes in float32, has nothing to share or to cast:
+there models are plain modules. Several such processes are replicas, whose gradients optimizer.py adds up.
 """
 
+import contextlib
 import gc
 import os
 
 import torch
-from torch.distributed import fsdp
 
 from configurator import require
 from data import pad_right, pick
@@ -82,8 +82,10 @@ def shard(model, world, master_dtype, offload=False):
     offload: the shards live in CPU memory, gradients and the optimizer's state with them.
     """
     model.to(master_dtype)
-    if world.size == 1 and world.dtype == torch.float32 and not offload:
+    if world.n_shards == 1 and world.dtype == torch.float32 and not offload:
         return  # nothing to share, to cast or to move
+    from torch.distributed import fsdp  # it imports PyTorch's compiler, which takes a second
+
     options = dict(mesh=world.mesh, reshard_after_forward=True)
     if offload:
         options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
@@ -101,10 +103,17 @@ def shard(model, world, master_dtype, offload=False):
 def keep_whole(models, yes):
     """Set whether the next passes leave parameters of sharded models whole on each process, and gradients unreduced."""
     for model in models:
-        if isinstance(model, fsdp.FSDPModule):
+        if hasattr(model, "set_requires_gradient_sync"):  # FSDP has made it one of its modules
             model.set_requires_gradient_sync(not yes)
             model.set_reshard_after_forward(not yes)
             model.set_reshard_after_backward(not yes)
+
+
+def without_compiling(cfg):
+    """While this lasts, compiled blocks run as they are written: they would be compiled anew for the cache's shapes."""
+    if cfg.compile:
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
 
 
 def generate_rows(cfg, world, model, queries, draws, stop, n_vocab, micro_batch_size):
@@ -123,10 +132,11 @@ def generate_rows(cfg, world, model, queries, draws, stop, n_vocab, micro_batch_
     def sample(indices):
         ids, lengths = pad_right(pick(queries, indices))
         uniforms = draws[indices].to(world.device)
-        responses, logprobs = generate(
-            model, ids.to(world.device), lengths.to(world.device), draws.shape[1], cfg.temperature, uniforms,
-            eos_id=stop, n_vocab=n_vocab, return_logprobs=True, all_done=all_done,
-        )  # fmt: skip
+        with without_compiling(cfg):
+            responses, logprobs = generate(
+                model, ids.to(world.device), lengths.to(world.device), draws.shape[1], cfg.temperature, uniforms,
+                eos_id=stop, n_vocab=n_vocab, return_logprobs=True, all_done=all_done,
+            )  # fmt: skip
         return {"responses": responses, "logprobs": logprobs}
 
     keep_whole([model], cfg.rollout_gather)

@@ -7,8 +7,6 @@ import re
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from configurator import UserError, explain, require
 from hub.config import read_config
@@ -122,7 +120,9 @@ def copy_rows(tensor, source):
     """Copy into `tensor`, or into this rank's shard of it, its rows of the full `source`; return what it holds."""
     start = 0
     local = tensor
-    if isinstance(tensor, DTensor):
+    if is_sharded(tensor):
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
         place = (tensor.shape, tensor.device_mesh, tensor.placements)
         _, offset = compute_local_shape_and_global_offset(*place)
         start = offset[0]
@@ -158,6 +158,11 @@ def write_safetensors(path, tensors):
 
 def full(tensor):
     """The whole of a sharded tensor, on every rank; another tensor as it is."""
-    if isinstance(tensor, DTensor):
+    if is_sharded(tensor):
         return tensor.full_tensor()
     return tensor
+
+
+def is_sharded(tensor):
+    """Whether it is a DTensor. (To ask for that class by name takes its import, a third of a second.)"""
+    return hasattr(tensor, "full_tensor")

@@ -90,14 +90,14 @@ def place(name, seed):
 def train(script, name, seed, *argv, config="", **doors):
     """Run a stage's main(cfg, **doors), unless it is complete already; its output goes to a log beside its directory.
 
-    config: the stage whose values in config/ a variant begins with. Returns the directory of the model.
+    config: the stage whose values in lab/config/ a variant begins with. Returns the directory of the model.
     """
     directory = place(name, seed)
     final = directory / "final"
     if final.exists():
         return final
     directory.parent.mkdir(parents=True, exist_ok=True)
-    values = f"config/toy_{config or script.__name__}.py"
+    values = f"lab/config/toy_{config or script.__name__}.py"
     common = [values, f"--seed={seed}", f"--out_dir={directory}", "--device=cpu"]
     cfg = configure(script.Config, [*common, *argv])
     with open(f"{directory}.log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):

@@ -1,6 +1,6 @@
 """Does it help to label again? Rounds of online RLHF with the same number of labels in total, and which pairs to label.
 
-    make demo; make demo SEED=2; make demo SEED=3     # data and an SFT model for each seed, in out/toy, out/toy-2, ...
+    for s in 1 2 3; do make demo CONFIG=lab/config OUT=out/lab-toy-$s SEED=$s; done     # data and an SFT model
     python lab/online.py                              # all arms; goes on where it was stopped
     python lab/online.py lab                          # then also the figure and the table of lab/online.md
 
@@ -34,8 +34,8 @@ LABELS = 400  # in all rounds together
 POOL = 1200  # posts that get two responses in each round: later policies give few that differ
 BATCH = 64  # episodes of an update of PPO, in 4 minibatches, one epoch
 UPDATES = 20  # of PPO
-RM = "config/toy_rm.py --batch_size=16 --micro_batch_size=16 --episodes=640 --warmup_steps=5"
-PPO = ["config/toy_ppo.py", f"--episodes={UPDATES * BATCH}", "--n_minibatches=4", "--n_epochs=1", "--members=3"]
+RM = "lab/config/toy_rm.py --batch_size=16 --micro_batch_size=16 --episodes=640 --warmup_steps=5"
+PPO = ["lab/config/toy_ppo.py", f"--episodes={UPDATES * BATCH}", "--n_minibatches=4", "--n_epochs=1", "--members=3"]
 PPO += ["--micro_batch_size=16", "--labeller=toy.gold", "--device=cpu", "--accept_changes"]
 PPO += ["--kl_coef=0", "--schedule=constant"]  # nothing holds it back: where the reward model is wrong, it goes
 PPO += ["--samples_every=1", f"--samples_rows={BATCH}"]  # every response is written, for gold
@@ -53,9 +53,9 @@ CURVES = {"kl": "objective/kl", "proxy": "objective/scores", "tokens": "val/resp
 def run_arm(arm, seed):
     """Run what is missing of an arm; returns its row of results."""
     rounds, choose = ARMS[arm]
-    models = "out/toy" if seed == 1 else f"out/toy-{seed}"
+    models = f"out/lab-toy-{seed}"
     is_there = (ROOT / models / "sft" / "final").exists()
-    require(is_there, f"{models}: has no SFT model; run `make demo SEED={seed}`")
+    require(is_there, f"{models}: has no SFT model; make it as the first line of this file says")
     os.environ["TOY_OUT"] = models  # the configuration files read it
     directory = place(arm, seed)
     if choose == "disagreement":

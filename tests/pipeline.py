@@ -1,5 +1,6 @@
 """A tiny trained pipeline for the tests of the stages: toy data, a small SFT model, a reward model."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -11,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.modules.module import register_module_forward_hook
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import rm
 import sft
+from distributed.optimizer import AdamW
 from fast import Linear
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,16 +100,21 @@ def metrics(cfg_or_dir):
 # ---------------------------------------------------------------------------- what happens in the middle of a run
 
 
+@contextlib.contextmanager
 def in_update(cfg, step, action):
     """While this context lasts, action() is called in update `step` of a run of cfg, after its first optimizer step."""
     steps_per_update = getattr(cfg, "n_epochs", 1) * getattr(cfg, "n_minibatches", 1)
     numbers = itertools.count()
 
-    def hook(optimizer, args, kwargs):
+    def watch():
         if next(numbers) == step * steps_per_update:
             action()
 
-    return register_optimizer_step_post_hook(hook)
+    AdamW.watchers = (watch,)
+    try:
+        yield
+    finally:
+        AdamW.watchers = ()
 
 
 def nan_in(passes):

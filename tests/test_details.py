@@ -569,8 +569,8 @@ def test_detail_03_2_eos_is_learned(pipeline, posts, policy):
 def test_detail_04_1_token_lengths(library, real, tldr_sample):
     """Detail 4: SFT rows have at most 53 response and 562 tokens in all, preference rows 638; nothing is cut to fit.
 
-    fails if: max_length of sft.py:Config, ppo.py:Config or runtime.py:TrainConfig is another, or response_length of
-    ppo.py:Config or sample.py:Config 48 (GPT-2's tokens); hub/table.py:load_rows cuts responses to 48 tokens.
+    fails if: max_length of sft.py:Config, ppo.py:Config or config/fields.py:TrainConfig is another, or response_length
+    of ppo.py:Config or sample.py:Config 48 (GPT-2's tokens); hub/table.py:load_rows cuts responses to 48 tokens.
     """
     for stage, tokens in ((sft, 562), (rm, 638), (dpo, 638), (ppo, 512)):
         assert {paper(stage, size).max_length for size in SIZES} == {tokens}
@@ -739,8 +739,8 @@ def test_detail_08_1_bfloat16_compute_float32_weights(pipeline, policy, frozen_s
 def test_detail_08_2_no_gradient_clipping(pipeline, policy, posts):
     """Detail 8: DeepSpeed's default clips no gradient; one step is plain AdamW's, with eps 1e-5.
 
-    fails if: distributed/optimizer.py:optimizer_step clips to norm 1; runtime.py:TrainConfig has max_grad_norm 1.0,
-    adam_eps 1e-8 or weight_decay 0.
+    fails if: distributed/optimizer.py:optimizer_step clips to norm 1; config/fields.py:TrainConfig has max_grad_norm
+    1.0, adam_eps 1e-8 or weight_decay 0.
     """
     for stage, size in itertools.product((sft, rm, ppo, dpo), SIZES):
         assert paper(stage, size).max_grad_norm == 0
@@ -784,7 +784,7 @@ def check_steps(ours, hub, start, size, directory):
 def test_detail_09_1_sft_setup():
     """Detail 9: one epoch, batches of 128 on 8 GPUs, AdamW, learning rate 3e-6 with cosine decay and no warm-up.
 
-    fails if: config/sft_*.py has another batch_size or model; runtime.py:TrainConfig another lr, schedule or
+    fails if: config/sft_*.py has another batch_size or model; config/fields.py:TrainConfig another lr, schedule or
     warmup_steps; sft.py:Config has loss_on "response".
     """
     for size in SIZES:
@@ -839,7 +839,7 @@ def test_detail_10_1_rm_setup():
     """Detail 10: one epoch of pairs, batches of 64 on 8 GPUs, the optimizer of SFT; it starts from the SFT model.
 
     fails if: config/rm_*.py has another batch_size, or one size starts from the SFT model of another;
-    runtime.py:TrainConfig has another lr.
+    config/fields.py:TrainConfig has another lr.
     """
     for size in SIZES:
         cfg = paper(rm, size)
@@ -1058,7 +1058,7 @@ def test_detail_19_1_dpo_setup():
     """Detail 19 (its title is uncertain): DPO from the SFT model, beta 0.05, no label smoothing, RM's other numbers.
 
     fails if: config/dpo_2.8b.py has beta 0.1; dpo.py:Config label_smoothing 0.1 or loss_type "ipo";
-    runtime.py:TrainConfig adam_eps 1e-8.
+    config/fields.py:TrainConfig adam_eps 1e-8.
     """
     for size in SIZES:
         cfg = paper(dpo, size)
@@ -1121,7 +1121,7 @@ def test_detail_20_1_ppo_setup():
     """Detail 20: the numbers of Stiennon et al. with another learning rate; 0.95 is GAE's lambda.
 
     fails if: config/ppo_*.py has another micro_batch_size, rollout_micro_batch_size or episodes; ppo.py:Config
-    another lam, temperature, kl_coef, n_minibatches or vf_coef; runtime.py:TrainConfig another lr.
+    another lam, temperature, kl_coef, n_minibatches or vf_coef; config/fields.py:TrainConfig another lr.
     """
     sizes = {"1b": (16, 4, 64), "2.8b": (4, 16, 32), "6.9b": (1, 64, 4)}
     for size, (micro, accumulated, rollout) in sizes.items():
@@ -1248,7 +1248,7 @@ def test_detail_20_4_four_epochs_of_clipped_updates(pipeline, policy, other, rew
     fails if: ppo.py:Config has n_epochs 1, cliprange 10 or cliprange_value 10; ppo.py:policy_loss or
     ppo.py:value_loss takes the minimum; ppo.py:critic_loss leaves out vf_coef or weighs values by mask;
     ppo.py:accumulate takes means per micro-batch; ppo.py:ppo_update renews the old log-probabilities in every epoch;
-    distributed/optimizer.py:make_optimizer has beta2 0.95.
+    distributed/optimizer.py:AdamW has beta2 0.95.
     """
     cfg = replace(run_ppo.cfg, episodes=24, out_dir=str(pipeline.directory / "detail_update"))
     [row], [batch] = rollouts_of(cfg)

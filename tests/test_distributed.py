@@ -61,6 +61,7 @@ CASES = {
     "early stop": ("variants.early_stop", dict(target_kl=1e-4, n_epochs=3)),
     "DPO, a reference that follows": ("variants.tr_dpo", dict(ema=0.3, sync_every=1)),
     "DPO, a threshold that follows": ("variants.bco", dict(loss_type="bco_pair,sft", beta=1.0)),
+    "PPO, each process with whole models": ("ppo", dict(shard_size=1, max_grad_norm=0.5)),
     "DPO, sorted over the batch": ("variants.aot", dict(loss_type="aot_unpaired", beta=1.0)),
 }
 
@@ -112,7 +113,7 @@ def test_two_replicas_of_two_shards_are_one_run(pipeline, sharded):
     same_weights(sharded, cfg)
 
 
-@pytest.mark.parametrize("n, options", [(1, {}), (4, {}), (4, dict(shard_size=2, offload="all"))])
+@pytest.mark.parametrize("n, options", [(1, {}), (2, dict(shard_size=1)), (4, dict(shard_size=2, offload="all"))])
 def test_a_run_saved_by_two_processes_goes_on_in_others(pipeline, sharded, n, options):
     """From its second update; the reference is the run that two processes finished."""
     moved = pipeline.directory / f"resumed_on_{n}_{len(options)}"

@@ -1,0 +1,15 @@
+# python dpo.py lab/config/toy_dpo.py
+import os
+
+_out = os.environ.get("TOY_OUT", "out/lab-toy-1")
+model = f"{_out}/sft/final"
+data = _out + "/data/comparisons_{split}.jsonl"
+out_dir = f"{_out}/dpo"
+seed = 1
+batch_size = 32
+micro_batch_size = 32
+episodes = 150 * 32
+beta = 0.1
+lr = 2e-4
+adam_eps = 1e-8
+warmup_steps = 20

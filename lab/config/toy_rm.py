@@ -1,0 +1,15 @@
+# python rm.py lab/config/toy_rm.py
+import os
+
+_out = os.environ.get("TOY_OUT", "out/lab-toy-1")
+model = f"{_out}/sft/final"
+data = _out + "/data/comparisons_{split}.jsonl"
+normalize_data = _out + "/data/sft_{split}.jsonl"
+out_dir = f"{_out}/rm"
+seed = 1
+episodes = 500 * 32
+batch_size = 32
+micro_batch_size = 32
+lr = 1e-3
+adam_eps = 1e-8
+warmup_steps = 20
