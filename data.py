@@ -86,6 +86,24 @@ def pick(lists, indices):
     return [lists[index] for index in indices]
 
 
+class Rows:
+    """Rows in memory, like those of a data set: rows["length"] is a column, rows[indices] are a dict of columns.
+
+    (A selection of a data set stays on the disk; to make one takes milliseconds, which a small model has not.)
+    """
+
+    def __init__(self, columns):
+        self.columns = columns
+
+    def __getitem__(self, key):
+        if isinstance(key, str):
+            return self.columns[key]
+        return {name: pick(column, key) for name, column in self.columns.items()}
+
+    def __len__(self):
+        return len(self.columns["length"])
+
+
 def last_scalars(models, device, queries, responses):
     """Values (B,), the mean over models, at the last token of query + response: EOS, if there is one (detail 12)."""
     ids, lengths = pad_right(join(queries, responses))

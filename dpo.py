@@ -86,9 +86,8 @@ def main(cfg, loss=None, before_batch=None, kept=()):
 
 def update(run, cfg, model, ref_logprobs, loss, before_batch=None):
     """Accumulate the gradient of this step's batch; ref_logprobs (n, 2) are of all rows. Returns its metrics."""
-    row_indices = run.row_indices()
-    batch = run.rows.select(row_indices)
-    columns = {"ref_logprobs": ref_logprobs[row_indices]}
+    batch = run.batch()
+    columns = {"ref_logprobs": ref_logprobs[run.row_indices()]}
     if before_batch is not None:
         before_batch(run, model, batch, columns)
     n_tokens = sum(len(chosen) for chosen, _ in batch["responses"])

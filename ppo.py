@@ -171,6 +171,7 @@ def rollout(run, cfg, policy, reference, critic, scorer, queries, row_indices):
 
     # 1. Sample (detail 23.1): one uniform number decides each token. A row that has drawn `stop` only repeats it.
     #    With truncate_after an early EOS is no end, so no row may be stopped.
+    run.phase("generation")
     draws = uniforms((len(queries), cfg.response_length), cfg.seed, run.step)
     stop = None if cfg.truncate_after else end_id
     rows_per_pass = cfg.rollout_micro_batch_size
@@ -205,7 +206,9 @@ def rollout(run, cfg, policy, reference, critic, scorer, queries, row_indices):
         columns["scores"] = scorer(pick(queries, indices), ended, row_indices[indices])
         return columns
 
+    run.phase("scoring")
     batch.update(run.world.map_rows(measure, batch["length"].tolist(), rows_per_pass))
+    run.phase("rest")
     refuse_nonfinite(batch, run.step)
 
     # 4. Without EOS a score means nothing (detail 13): a constant takes its place (detail 23.3).
@@ -418,6 +421,7 @@ def accumulate(run, cfg, policy, critic, queries, batch, indices, token_loss, po
             micro[name] = x[places] if x.dim() == 1 else x[places, : select.shape[1]]
 
         # One model at a time: its activations are gone before the next one's come.
+        run.phase("policy")
         new_entropy = None
         with torch.set_grad_enabled(policy_learns):
             if cfg.entropy_coef > 0:
@@ -428,10 +432,12 @@ def accumulate(run, cfg, policy, critic, queries, batch, indices, token_loss, po
         if policy_learns:
             backward(run, loss, micro_indices)  # loss.backward(), see distributed/optimizer.py
         if critic is not None:
+            run.phase("critic")
             loss, critic_stats = critic_loss(cfg, critic(ids, select), micro, n_values)
             backward(run, loss, micro_indices)
             stats.update(critic_stats)
         micro_stats.append(stats)
+    run.phase("rest")
     return micro_stats
 
 

@@ -99,7 +99,7 @@ def reference_source(cfg):
 
 def update(run, cfg, model):
     """Accumulate the gradient of this step's batch; returns its loss, accuracy and mean margin (best against worst)."""
-    batch = run.rows.select(run.row_indices())
+    batch = run.batch()
     parts = []
     for indices in run.micro_batches(batch["length"]):
         out = forward(cfg, model, batch[indices], run.world.device)

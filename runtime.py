@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from config.fields import RunConfig, TrainConfig  # noqa: F401
 from configurator import UserError, require
-from data import batch_indices, load_rows
+from data import Rows, batch_indices, load_rows
 from distributed.checkpoint import open_directory, resume, save_checkpoint
 from distributed.inputs import check_inputs, check_rows  # noqa: F401
 from distributed.optimizer import AdamW, backward, optimizer_step  # noqa: F401
-from distributed.processes import Done, Signals, World, stage  # noqa: F401
+from distributed.processes import Done, Signals, Stopwatch, World, stage  # noqa: F401
 from distributed.sharding import generate_rows, keep_whole, load_model  # noqa: F401
 from hub.companions import write_companions
 from hub.config import GPTNeoXConfig
@@ -124,6 +124,7 @@ class Run:
         self.losses = []  # (positions in the batch, loss): `backward` appends, `optimizer_step` looks and clears
         self.skipped = 0  # steps that optimizer_step left out since the last row of metrics.jsonl
         self.n_tokens = 0  # of this update's passes with gradients
+        self.phase = Stopwatch(world.device)  # run.phase("policy"): what the update does from here on
         self.tracker = None  # `updates` opens it, at the step from which the run goes on
 
         self.state = {}  # what else a resumed run needs, in JSON; stages and variants change it in place
@@ -145,9 +146,9 @@ class Run:
 
         while self.step < self.total:
             self.n_tokens = 0
-            begin = time.perf_counter()
+            self.phase.begin()
             yield self.step
-            self.log_time(time.perf_counter() - begin)
+            self.log_time(self.phase.end())
 
             self.step += 1
             self.bar.update()
@@ -173,6 +174,10 @@ class Run:
         n_different = self.cfg.batch_size // group_size
         indices = batch_indices(len(self.rows), n_different, self.step, self.cfg.seed)
         return np.repeat(indices, group_size)
+
+    def batch(self):
+        """The rows that this step is about, see `data.Rows`."""
+        return Rows(self.rows[self.row_indices()])
 
     def micro_batches(self, lengths):
         """Yield this rank's share of rows of these lengths, as arrays of their positions, for passes that train.
@@ -202,11 +207,12 @@ class Run:
             self.tracker.log(row)
         self.bar.set_postfix({name.split("/")[-1]: f"{metrics[name]:.4g}" for name in watch})
 
-    def log_time(self, seconds):
+    def log_time(self, phases):
         """Append a row to timing.jsonl: how long this update took, with all that was done in it.
 
-        tokens: of the rows that were trained on, once for each pass with gradients.
+        tokens: of the rows that were trained on, once for each pass with gradients. phases: {name: seconds}.
         """
+        seconds = sum(phases.values())
         row = {
             "step": self.step,
             "time": time.time(),
@@ -214,6 +220,7 @@ class Run:
             "tokens_per_second": self.n_tokens / seconds,
             "episodes_per_second": self.cfg.batch_size / seconds,
         }
+        row.update({f"seconds/{name}": x for name, x in phases.items()})
         if self.world.is_main:
             write_jsonl(self.out_dir / "timing.jsonl", [row], "a")
 

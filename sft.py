@@ -73,7 +73,7 @@ def main(cfg, inputs=None):
 
 def update(run, cfg, model, inputs):
     """Accumulate the gradient of this step's batch; returns its loss."""
-    batch = run.rows.select(run.row_indices())
+    batch = run.batch()
     n_tokens = count_tokens(batch, cfg.loss_on)
     parts = []
     for indices in run.micro_batches(batch["length"]):

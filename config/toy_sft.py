@@ -3,16 +3,17 @@ import os
 
 _out = os.environ.get("TOY_OUT", "out/toy")
 model = "config/toy_model"
-scratch = True  # a model of 1.0 million parameters
+scratch = True  # a model of 0.6 million parameters
 tokenizer = f"{_out}/data"
 data = _out + "/data/sft_{split}.jsonl"
 out_dir = f"{_out}/sft"
 seed = 1
 loss_on = "response"  # with the query in the loss it takes twice as long until words are copied
-episodes = 500 * 32
-batch_size = 32
-micro_batch_size = 32
+episodes = 300 * 16
+batch_size = 16
+micro_batch_size = 16
 eval_every = 100
-lr = 2e-3
+lr = 4e-3
 adam_eps = 1e-8
 warmup_steps = 30
+shard_size = 1  # each process has a whole model

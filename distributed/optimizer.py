@@ -91,6 +91,7 @@ def optimizer_step(run):
     left out and counted in run.skipped.
     """
     cfg = run.cfg
+    run.phase("optimizer")
     parameters = list(run.models.parameters())
     gradients = [parameter.grad for parameter in with_gradient(parameters)]
     if run.world.size > 1:
@@ -116,6 +117,7 @@ def optimizer_step(run):
     else:
         run.optimizer.step()
     run.optimizer.zero_grad()
+    run.phase("rest")
     return {"lr": run.optimizer.groups[0]["lr"], "grad_norm": norm.item()}
 
 

@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import sys
+import time
 from datetime import timedelta
 
 import numpy as np
@@ -124,6 +125,33 @@ class World:
                 result = function()
             dist.barrier()
         return result
+
+
+class Stopwatch:
+    """How long the phases of an update take: a call with a name ends the phase before, and begins that one."""
+
+    def __init__(self, device):
+        self.device = device
+        self.begin()
+
+    def begin(self):
+        self.seconds = {"rest": 0.0}
+        self.name = "rest"
+        self.since = time.perf_counter()
+
+    def __call__(self, name):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # else work that was asked for in one phase would be done in another
+        now = time.perf_counter()
+        self.seconds[self.name] += now - self.since
+        self.seconds.setdefault(name, 0.0)
+        self.name = name
+        self.since = now
+
+    def end(self):
+        """{name: seconds}"""
+        self("rest")
+        return self.seconds
 
 
 def pick_device(name):

@@ -1193,7 +1193,7 @@ def scripted_rollout(cfg, responses, scores, logprobs, ref_logprobs, values):
     reference = Script(responses, ref_logprobs)
     queries = [[row + 1] for row in range(len(responses))]
     tokenizer = SimpleNamespace(n_vocab=896, eos_id=EOS)
-    run = SimpleNamespace(world=World(cfg), tokenizer=tokenizer, step=0)
+    run = SimpleNamespace(world=World(cfg), tokenizer=tokenizer, step=0, phase=lambda name: None)
     try:
         batch = ppo.rollout(run, cfg, policy, reference, critic, score, queries, np.arange(len(queries)))
     finally:

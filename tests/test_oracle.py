@@ -170,7 +170,7 @@ class Oracle:
 
     @torch.no_grad()
     def step(self, number):
-        """TensorFlow's Adam (epsilon beside the uncorrected root), decoupled decay, the norm of all gradients clipped."""
+        """TensorFlow's Adam (epsilon beside the uncorrected root), decoupled decay, all gradients' norm clipped."""
         cfg = self.cfg
         self.n_steps += 1
         norm = math.sqrt(sum((x.grad**2).sum().item() for x in self.parameters))

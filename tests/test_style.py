@@ -209,7 +209,7 @@ def test_the_house_stays_small():
     hub = [path for path in CORE if path.parent.name == "hub"]
     assert count_lines(TOP_LEVEL) <= 1500
     assert count_lines(hub) <= 1220
-    assert count_lines(CORE) - count_lines(hub) <= 2420
+    assert count_lines(CORE) - count_lines(hub) <= 2460
     for path in STAGES:
         without_hub = [module for module in all_that_is_imported([path]) if module not in hub]
         assert count_lines(without_hub) <= 2000, f"{relative(path)}, with all that it imports"
