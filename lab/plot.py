@@ -288,6 +288,22 @@ def draw_panel(axes, runs, keys, onsets, smooth):
     axes.locator_params(axis="x", integer=True)
 
 
+def draw_phases(rows):
+    """A Figure of bars: for each of `rows`, name -> {phase: seconds}, one under the other, the phases side by side."""
+    figure = new_figure(1)
+    axes = figure.axes[0]
+    phases = list(next(iter(rows.values())))
+    end = np.zeros(len(rows))
+    for phase, colour in colours_of(phases).items():
+        seconds = [row[phase] for row in rows.values()]
+        axes.barh(list(rows), seconds, left=end, color=colour, label=phase)
+        end = end + seconds
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds of an update")
+    figure.legend(loc="outside upper left", ncols=len(phases), frameon=False)
+    return figure
+
+
 def panel_title(keys):
     """For example "rewards/chosen, dashed: rejected": the part that all share is written once."""
     title = keys[0]

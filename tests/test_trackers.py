@@ -6,16 +6,19 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from pipeline import ROOT, arguments, in_update, metrics, read_rows
 
 import ppo
 import sft
 from configurator import UserError
 from data import load_rows
+from distributed.processes import Stopwatch
 from hub.tokenizer import Tokenizer
 
 FIVE = dict(episodes=40, save_every=2, eval_every=3)
@@ -169,6 +172,22 @@ def test_timing_counts_the_tokens_of_each_update(pipeline):
         assert row["episodes_per_second"] * row["seconds"] == pytest.approx(8)
 
 
+PHASES = ("generation", "scoring", "policy", "critic", "optimizer", "rest")
+
+
+def test_a_stopwatch_gives_each_phase_its_own_time(monkeypatch):
+    """Seconds on a clock that a hand moves: 1 for the rest, then 2, 4 and again 8 for a phase that comes twice."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    watch = Stopwatch(torch.device("cpu"))
+    now[0] = 50.0
+    watch.begin()
+    for seconds, name in ((1, "policy"), (2, "critic"), (4, "policy"), (8, "rest")):
+        now[0] += seconds
+        watch(name)
+    assert watch.end() == {"rest": 1.0, "policy": 10.0, "critic": 4.0}
+
+
 def test_timing_of_ppo_counts_each_pass_with_gradients(pipeline):
     """Queries are 6 tokens or more long here, and responses have at most 10: four epochs are four times as many."""
     n_tokens = {}
@@ -177,4 +196,8 @@ def test_timing_of_ppo_counts_each_pass_with_gradients(pipeline):
         ppo.main(cfg)
         (row,) = read_rows(Path(cfg.out_dir) / "timing.jsonl")
         n_tokens[n_epochs] = row["tokens_per_second"] * row["seconds"]
+        phases = {name: x for name, x in row.items() if name.startswith("seconds/")}
+        assert set(phases) == {f"seconds/{name}" for name in PHASES}
+        assert sum(phases.values()) == pytest.approx(row["seconds"])
+        assert all(phases[f"seconds/{name}"] > 0 for name in PHASES)
     assert n_tokens[4] == pytest.approx(4 * n_tokens[1])
