@@ -1,5 +1,6 @@
 """The same numbers as the plain way in model.py, sooner and in less memory.
 
+    invert_cdf        the sums of blocks of ids, then those in one block
     token_logprobs    a few rows at a time; the backward pass turns the logits into their gradient, in place
     Linear            oneDNN for products in float32 on a CPU that need no gradient
     attend            two products where PyTorch's kernel is slow: bfloat16 on a CPU
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 ONEDNN = torch.backends.mkldnn.is_available()
+BLOCK = 256  # ids whose probabilities are added up first
 CHUNK = {"cpu": 2**20, "cuda": 2**24}  # logits that are looked at together: on a CPU what fits its cache
 
 
@@ -39,6 +41,27 @@ def attend(q, k, v, mask):
     scores = (q * E**-0.5) @ k.transpose(2, 3)
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
     return weights @ v
+
+
+def invert_cdf(probs, uniforms):
+    """`generation.invert_cdf` of probs (B, V) at uniforms (B, 1): first the block of ids, then the id in it: (B, 1)."""
+    V = probs.shape[1]
+    n_blocks = -(-V // BLOCK)
+    blocks = F.pad(probs, (0, n_blocks * BLOCK - V)).view(-1, n_blocks, BLOCK)
+    cdf = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # (B, blocks)
+    end = cdf[:, -1:]
+    draws = uniforms * end
+    last_block = (cdf < end).sum(-1, keepdim=True)  # with probability
+    block = torch.searchsorted(cdf, draws, right=True).minimum(last_block)  # (B, 1)
+
+    inside = blocks.gather(1, block[..., None].expand(-1, 1, BLOCK))[:, 0]  # (B, BLOCK)
+    inner_cdf = inside.double().cumsum(-1)
+    mass = inner_cdf[:, -1:]
+    # What the draw has left at the block's first id. Rounding must not carry it past the block's last one.
+    left = draws - (cdf.gather(1, block) - mass)
+    index = torch.searchsorted(inner_cdf, left.clamp(min=0), right=True)
+    last = (inside > 0).int().cumsum(-1).argmax(-1, keepdim=True)
+    return block * BLOCK + index.minimum(last)
 
 
 def token_logprobs(logits, tokens, temperature=1.0, n_vocab=None, with_entropy=False, at_a_time=None):

@@ -6,6 +6,7 @@ Shapes: B rows, Q query, R response, V vocabulary, H heads, E head width.
 import torch
 import torch.nn.functional as F
 
+import fast
 from configurator import require
 
 PREFILL_ROWS = {"cpu": 4, "cuda": 64}  # queries that are read at a time
@@ -88,6 +89,20 @@ def decode_one_token(model, tokens, cache):
     return model(tokens[:, None], None, cache)
 
 
+def invert_cdf(probs, uniforms):
+    """The ids (B, 1) at which the sum of probs (B, V) from the left passes `uniforms` (B, 1).
+
+    This is the definition, to read and to test by; sampling takes `fast.invert_cdf`, the same in two steps.
+    """
+    # In float32 thousands of unlikely ids would add nothing to the sum, and never be drawn.
+    cdf = probs.double().cumsum(-1)
+    # Up to rounding the CDF ends at 1: scaling by its end keeps every draw inside it.
+    end = cdf[:, -1:]
+    last = (cdf < end).sum(-1, keepdim=True)
+    # `right` skips ids that have no probability at all.
+    return torch.searchsorted(cdf, uniforms * end, right=True).minimum(last)
+
+
 def sample_token(logits, temperature, uniforms, n_vocab=None):
     """Draw a token for each row of logits (B, V) by inverting the CDF at `uniforms` (B,); temperature 0: the argmax.
 
@@ -99,14 +114,7 @@ def sample_token(logits, temperature, uniforms, n_vocab=None):
         probs = F.softmax(logits.float(), dim=-1)  # (B, V)
     else:
         probs = F.softmax(logits.float() / temperature, dim=-1)
-        # In float32 thousands of unlikely ids would add nothing to the sum, and never be drawn.
-        cdf = probs.double().cumsum(-1)
-        # Up to rounding the CDF ends at 1: scaling by its end keeps every draw inside it.
-        end = cdf[:, -1:]
-        draws = uniforms[:, None] * end
-        # `right` skips ids that have no probability at all.
-        tokens = torch.searchsorted(cdf, draws, right=True)
-        tokens = tokens.clamp(max=cdf.shape[1] - 1)
+        tokens = fast.invert_cdf(probs, uniforms[:, None])
     logprobs = probs.gather(1, tokens).clamp(min=1e-38).log()
     return tokens[:, 0], logprobs[:, 0]
 

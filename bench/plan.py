@@ -574,6 +574,7 @@ def run_and_print_peaks(stage, cfg):
     """
     import datasets  # noqa: F401 (libraries that a run imports on its way are no part of the plan)
     import pandas  # noqa: F401
+    from torch.distributed import checkpoint, fsdp  # noqa: F401
 
     before = []
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,13 @@ def torchrun(stage, cfg, n=2):
     """stage: a name like "ppo", run as a script, or "variants.ppo_max", run as a module."""
     script = ["-m", stage] if "." in stage else [f"{stage}.py"]
     return launch(n, *script, *arguments(cfg))
+
+
+def in_turn(n, jobs, directory):
+    """Run stages one after the other in one group of processes: jobs are pairs of a name and a configuration."""
+    path = directory / f"jobs_{len(jobs)}.json"
+    path.write_text(json.dumps([(stage, asdict(cfg)) for stage, cfg in jobs]))
+    launch(n, ROOT / "tests" / "in_turn.py", path)
 
 
 def launch(n, *script, **env):
@@ -66,18 +74,36 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_processes_are_one_run(pipeline, name, tmp_path):
-    """Same rows, same sampled tokens, same losses; evaluation rows (21, 15) do not divide by 2."""
-    stage_name, options = CASES[name]
+SAVING = [dict(rollout_gather=False, offload="frozen"), dict(activation_checkpointing=True, offload="all")]
+SHARDED = dict(episodes=40, save_every=2, kl_target=0.5)
+
+
+def case(pipeline, name, n):
+    """The stage of a case, and its configuration for n processes."""
+    stage, options = CASES[name]
     options = dict(options)
     if options.get("eval_split") == "train":
-        options["data"] = write_rows(tmp_path / "rows.jsonl", ranked(24))
-    stage = importlib.import_module(stage_name)
-    one = pipeline.config(stage, f"{name}, one", micro_batch_size=3, **options)
-    two = pipeline.config(stage, f"{name}, two", micro_batch_size=3, **options)
-    stage.main(one)
-    torchrun(stage_name, two)
+        options["data"] = write_rows(pipeline.directory / "ranked.jsonl", ranked(24))
+    return stage, pipeline.config(importlib.import_module(stage), f"{name}, {n}", micro_batch_size=3, **options)
+
+
+@pytest.fixture(scope="module")
+def on_two(pipeline):
+    """All that two processes run, in one launch."""
+    jobs = [case(pipeline, name, 2) for name in CASES]
+    jobs.append(("sample", pipeline.config(sample, "sample_two")))
+    jobs.append(("ppo", pipeline.config(ppo, "sharded", keep_checkpoints=3, **SHARDED)))
+    for number, options in enumerate(SAVING):
+        jobs.append(("ppo", pipeline.config(ppo, f"saving{number}", **SHARDED, **options)))
+    in_turn(2, jobs, pipeline.directory)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_are_one_run(pipeline, on_two, name):
+    """Same rows, same sampled tokens, same losses; evaluation rows (21, 15) do not divide by 2."""
+    stage_name, one = case(pipeline, name, 1)
+    _, two = case(pipeline, name, 2)
+    importlib.import_module(stage_name).main(one)
     first = metrics(one)
     second = metrics(two)
     for rows in (first, second):
@@ -87,22 +113,16 @@ def test_two_processes_are_one_run(pipeline, name, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def sharded(pipeline):
+def sharded(pipeline, on_two):
     """A PPO run on two processes, with a checkpoint after its second, fourth and last update."""
-    cfg = pipeline.config(ppo, "sharded", episodes=40, save_every=2, keep_checkpoints=3, kl_target=0.5)
-    torchrun("ppo", cfg)
-    return cfg
+    return pipeline.config(ppo, "sharded", keep_checkpoints=3, **SHARDED)
 
 
-@pytest.mark.parametrize("options", [
-    dict(rollout_gather=False, offload="frozen"), dict(activation_checkpointing=True, offload="all"),
-])  # fmt: skip
-def test_ways_to_save_memory_change_no_bit(pipeline, sharded, options):
-    cfg = pipeline.config(ppo, "saving", episodes=40, save_every=2, kl_target=0.5, **options)
-    torchrun("ppo", cfg)
+@pytest.mark.parametrize("number", range(len(SAVING)))
+def test_ways_to_save_memory_change_no_bit(pipeline, sharded, number):
     for name in ("metrics.jsonl", "final/model.safetensors"):
-        assert (Path(cfg.out_dir) / name).read_bytes() == (Path(sharded.out_dir) / name).read_bytes()
-    shutil.rmtree(cfg.out_dir)
+        saving = pipeline.directory / f"saving{number}" / name
+        assert saving.read_bytes() == (Path(sharded.out_dir) / name).read_bytes()
 
 
 def test_two_replicas_of_two_shards_are_one_run(pipeline, sharded):
@@ -114,7 +134,7 @@ def test_two_replicas_of_two_shards_are_one_run(pipeline, sharded):
 
 
 @pytest.mark.parametrize("n, options", [(1, {}), (2, dict(shard_size=1)), (4, dict(shard_size=2, offload="all"))])
-def test_a_run_saved_by_two_processes_goes_on_in_others(pipeline, sharded, n, options):
+def test_a_run_saved_by_two_processes_goes_on_in_others(pipeline, sharded, n, options, capsys):
     """From its second update; the reference is the run that two processes finished."""
     moved = pipeline.directory / f"resumed_on_{n}_{len(options)}"
     shutil.copytree(sharded.out_dir, moved)
@@ -122,7 +142,12 @@ def test_a_run_saved_by_two_processes_goes_on_in_others(pipeline, sharded, n, op
         shutil.rmtree(moved / name)
     cfg = pipeline.config(ppo, moved.name, episodes=40, save_every=2, keep_checkpoints=3, kl_target=0.5,
                           accept_changes=True, **options)  # fmt: skip
-    assert f"resumed from {moved}/checkpoints/step_2" in torchrun("ppo", cfg, n)
+    if n == 1:
+        ppo.main(cfg)
+        output = capsys.readouterr().out
+    else:
+        output = torchrun("ppo", cfg, n)
+    assert f"resumed from {moved}/checkpoints/step_2" in output
     same_metrics(metrics(sharded), metrics(cfg))
     assert metrics(sharded)[:2] == metrics(cfg)[:2]  # those were not written anew
     same_weights(sharded, cfg)
@@ -131,6 +156,7 @@ def test_a_run_saved_by_two_processes_goes_on_in_others(pipeline, sharded, n, op
 LOAD_AND_WRITE = """
 import json, sys, threading
 import torch
+from torch.distributed import fsdp  # sharding imports it: that is no part of a model
 import sft
 from model import GPTNeoX
 from runtime import Data, Run, Tokenizer, World, load_model, open_directory
@@ -199,11 +225,10 @@ def test_no_process_ever_holds_a_whole_model(pipeline, tmp_path):
         assert torch.equal(again[name], tensor.float()), name
 
 
-def test_two_processes_sample_the_same_texts(pipeline):
+def test_two_processes_sample_the_same_texts(pipeline, on_two):
     one = pipeline.config(sample, "sample_one")
     two = pipeline.config(sample, "sample_two")
     sample.main(one)
-    torchrun("sample", two)
     first = read_samples(one)
     second = read_samples(two)
     assert len(first) == 21

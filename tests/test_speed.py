@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.weak import TensorWeakRef
 
 import fast
+import generation
 import model as plain
 import ppo
 import sft
@@ -278,6 +279,28 @@ def test_attention_in_bfloat16_on_a_cpu(causal):
     assert got.dtype == torch.bfloat16
     # Scores (below 8), weights and sums (below 4) are each rounded to 8 bits.
     np.testing.assert_allclose(got.double(), want, atol=8 * 2.0**-9 * 4 + 4 * 2.0**-8)
+
+
+# ---------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("n_ids", [1, 2, 255, 256, 257, 1000])
+def test_two_steps_find_the_id_of_one(n_ids):
+    """Ids without probability at both ends, in blocks and in between are never drawn, whatever the draw."""
+    generator = torch.Generator().manual_seed(n_ids)
+    probs = torch.rand(n_ids, generator=generator) ** 8
+    probs[torch.rand(n_ids, generator=generator) < 0.5] = 0
+    probs[300:600] = 0
+    probs[-1] = 0
+    probs[n_ids // 3] = 0.1
+    draws = torch.rand(4000, generator=generator, dtype=torch.float64)
+    draws = torch.cat([draws, torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)])[:, None]
+    rows = (probs / probs.sum()).expand(len(draws), -1)
+    ids = fast.invert_cdf(rows, draws)
+    assert torch.equal(ids, generation.invert_cdf(rows, draws))
+    assert (rows.gather(1, ids) > 0).all()
+    if n_ids > 200:
+        assert len(ids.unique()) > 50
 
 
 # ---------------------------------------------------------------------------- options
