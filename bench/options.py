@@ -5,9 +5,9 @@
     for s in 1 2 3; do python bench/options.py --seed=$s & done; wait
     python bench/options.py --table                                  # the table, from what has been trained
 
-Runs are shorter than the demo's: PPO 20 updates of 64 episodes in 4 minibatches and one epoch, DPO 30 updates of 32
+Runs are short: PPO 20 updates of 64 episodes in 4 minibatches and one epoch, DPO 30 updates of 32
 pairs, reward models 75 updates of 32 pairs (and then PPO on them). All samples (temperature 0.7, the first 250
-held-out posts) are scored by the gold score, which no stage sees, by the demo's reward model of that seed, and by their
+held-out posts) are scored by the gold score, which no stage sees, by the reward model of that seed, and by their
 KL to SFT. Every run adds a row to bench/options.jsonl; what has a row there is not run again.
 """
 
@@ -83,7 +83,7 @@ GROUPS = {"ppo": PPO_OPTIONS, "dpo": DPO_OPTIONS, "rm": RM_OPTIONS}
 
 
 def demo(seed):
-    """Where `make demo` of that seed has put data and models."""
+    """Where the first line above has put data and models."""
     return ROOT / "out" / f"lab-toy-{seed}"
 
 

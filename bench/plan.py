@@ -200,8 +200,8 @@ class Plan:
         self.at_a_time = fast.CHUNK[self.device]
         self.shape = shape_of(cfg.model)
         self.n_vocab = n_vocab or self.shape.vocab_size
-        # One process in float32: nothing is gathered, nor reduced.
-        self.is_alone = processes == 1 and dtype == torch.float32 and cfg.offload == "none"
+        # A process that has whole models in float32: nothing is gathered.
+        self.is_alone = self.shards == 1 and dtype == torch.float32 and cfg.offload == "none"
         self.always = {}
         self.phases = {}
         stages = {"sft": self.sft, "rm": self.rm, "dpo": self.dpo, "ppo": self.ppo, "ppo_max": self.ppo}
@@ -264,7 +264,10 @@ class Plan:
         else:
             terms["gradients"] = 0
         self.phases[name] = terms
-        self.phases["optimizer step"] = {"gradients": sum(map(self.gradients, kinds))}
+        gradients = sum(map(self.gradients, kinds))
+        self.phases["optimizer step"] = {"gradients": gradients}
+        if self.is_alone and self.processes > 1:
+            self.phases["optimizer step"]["gradients, to average"] = gradients
 
     def gradients(self, kind):
         if self.cfg.offload == "all":

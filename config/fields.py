@@ -1,5 +1,5 @@
-"""The fields that all scripts share. Nothing slow is imported here, so that `--help` and a wrong option are answered at
-once.
+"""The fields that all scripts share. Nothing slow is imported here: the scripts at the top answer `--help` and a wrong
+option at once.
 """
 
 from dataclasses import dataclass, fields

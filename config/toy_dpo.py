@@ -13,4 +13,4 @@ beta = 0.1
 lr = 5e-4
 adam_eps = 1e-8
 warmup_steps = 20
-shard_size = 1
+shard_size = 1  # each process has a whole model

@@ -13,4 +13,4 @@ micro_batch_size = 48
 lr = 1e-3
 adam_eps = 1e-8
 warmup_steps = 20
-shard_size = 1
+shard_size = 1  # each process has a whole model

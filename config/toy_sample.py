@@ -7,4 +7,4 @@ reward_model = f"{_out}/rm/final"
 reference = f"{_out}/sft/final"
 data = _out + "/data/sft_{split}.jsonl"
 response_length = 24
-shard_size = 1
+shard_size = 1  # each process has a whole model

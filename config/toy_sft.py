@@ -1,8 +1,8 @@
 # python toy/make_data.py out/toy/data --seed=1 && python sft.py config/toy_sft.py
 import os
 
-_out = os.environ.get("TOY_OUT", "out/toy")
-model = "config/toy_model"
+_out = os.environ.get("TOY_OUT", "out/toy")  # toy/demo.py sets it
+model = "config/toy_model"  # its initializer_range: with 0.02 words are copied after twice as many updates
 scratch = True  # a model of 0.6 million parameters
 tokenizer = f"{_out}/data"
 data = _out + "/data/sft_{split}.jsonl"

@@ -12,7 +12,7 @@ from hub.weights import full, is_sharded
 
 
 class AdamW:
-    """What torch.optim.AdamW does, by its function. (To make one of that class imports PyTorch's compiler: a second.)
+    """PyTorch's AdamW, by its function: to make a torch.optim.AdamW would import the compiler, which takes a second.
 
     Its state is there from the start, so that a checkpoint holds that of every parameter, also of those that have not
     had a gradient yet.
@@ -43,12 +43,12 @@ class AdamW:
         for group in self.groups:
             parameters = with_gradient(group["parameters"])
             gradients = [parameter.grad for parameter in parameters]
-            moments = {}
+            lists = {}
             for name in ("exp_avg", "exp_avg_sq", "step"):
-                moments[name] = [self.state[parameter][name] for parameter in parameters]
-            numbers = {"lr": group["lr"], "eps": group["eps"], **self.options}
-            state = (moments["exp_avg"], moments["exp_avg_sq"], [], moments["step"])
-            adamw(parameters, gradients, *state, **numbers)
+                lists[name] = [self.state[parameter][name] for parameter in parameters]
+            maxima = []  # of squares: amsgrad would need them
+            state = (lists["exp_avg"], lists["exp_avg_sq"], maxima, lists["step"])
+            adamw(parameters, gradients, *state, lr=group["lr"], eps=group["eps"], **self.options)
         for watcher in self.watchers:
             watcher()
 
@@ -74,7 +74,7 @@ def learning_rate(step, total_steps, lr, schedule, warmup_steps=0):
 
 
 def backward(run, loss, indices=()):
-    """Back-propagate this rank's part of a loss that is a sum over all ranks: the caller has divided by their totals.
+    """Back-propagate this rank's part of a loss: the caller has divided it by the totals of all ranks.
 
     indices: positions in the batch of the rows in it, to be named if the loss is not finite.
     FSDP averages gradients over the ranks, and so does `average`; the factor undoes that. (set_gradient_divide_factor
@@ -122,7 +122,7 @@ def optimizer_step(run):
 
 
 def average(gradients):
-    """Average gradients over the ranks, in place and all at once: those of plain modules, not of FSDP's."""
+    """Average gradients over the ranks, as FSDP does: in place, and all at once. (`backward` has multiplied.)"""
     if not gradients:
         return
     flat = torch.cat([gradient.flatten() for gradient in gradients])

@@ -2,7 +2,7 @@
 
 Memory is saved by sharding, and time by keeping parameters whole where they fit: while responses are sampled, or until
 a step's last micro-batch. A process that holds a model alone, and computes in float32, has nothing to share or to cast:
-there models are plain modules. Several such processes are replicas, whose gradients optimizer.py adds up.
+there models are plain modules. Several such processes are replicas, whose gradients optimizer.py averages.
 """
 
 import contextlib

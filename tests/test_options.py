@@ -348,6 +348,24 @@ def test_rm_normalize_std_gives_references_mean_0_and_variance_1(pipeline):
     assert abs(metrics(cfg)[0]["train/margin"]) > 5 * abs(plain["train/margin"])
 
 
+def test_rm_normalizes_before_the_first_update_alone(pipeline):
+    """A loss of pairs gives the bias no gradient, so it moves by weight decay and by rounding: 2 updates of lr 1e-2 and
+    decay 0.01 take 2e-4 of it. Normalised once more it would move by the mean that the references have by then.
+    """
+    cfg = pipeline.config(rm, "rm_std_once", normalize_std=True, lr=1e-2, episodes=24, save_every=1, keep_checkpoints=3)
+    rm.main(cfg)
+    biases = []
+    for step in (1, 3):
+        tensors = {}
+        for path in (pipeline.directory / f"rm_std_once/checkpoints/step_{step}").glob("*.safetensors"):
+            tensors.update(load_file(path))
+        biases.append(tensors["model.score.bias"].item())
+    tolerance = 1e-3 * abs(biases[0]) + 1e-4
+    assert biases[1] == pytest.approx(biases[0], abs=tolerance)
+    last = json.loads((pipeline.directory / "rm_std_once/eval.json").read_text())
+    assert abs(last["normalize/mean"]) > 10 * tolerance  # how far the mean has moved since
+
+
 def test_rm_evaluation_shows_eos_apart_from_other_tokens(pipeline):
     report = json.loads((pipeline.directory / "rm" / "eval.json").read_text())
     tokenizer = Tokenizer.load(str(pipeline.data))

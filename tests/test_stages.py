@@ -391,13 +391,15 @@ def samples_of(cfg):
 
 
 def test_sample_reports_what_its_rows_say(pipeline, ppo_run):
-    rows, summary = samples_of(pipeline.config(sample, "samples", model=f"{ppo_run.out_dir}/final"))
+    rows, summary = samples_of(pipeline.config(sample, "samples", model=f"{ppo_run.out_dir}/final", compare=21))
     assert len(rows) == summary["n"] == 21
     for name in ("tokens", "reference_tokens", "eos", "score", "reference_score", "kl"):
         assert summary[name] == pytest.approx(np.mean([row[name] for row in rows]))
     tokenizer = Tokenizer.load(str(pipeline.sft))
     for row in rows:
-        assert row["tokens"] == len(tokenizer.encode(row["response"])) + row["eos"]
+        # Sampled ids need not be those of their text: what is counted is a piece and a number for each.
+        assert row["tokens"] == len(row["token_kl"])
+        assert row["kl"] == pytest.approx(sum(number for _, number in row["token_kl"]), abs=1e-4)
         assert row["reference_tokens"] == len(tokenizer.encode(row["reference"])) + 1
     lengths = np.array([(row["tokens"], row["reference_tokens"]) for row in rows])
     assert summary["length_ratio"] == pytest.approx(np.mean(lengths[:, 0] / lengths[:, 1]))

@@ -2,10 +2,10 @@
 
     python -m toy.demo out/toy --seed=1
 
-It calls each stage's `main`, as `python sft.py config/toy_sft.py` does, but imports PyTorch once; and on two cores it
-is two processes with half of the rows each (`shard_size=1`: each has whole models), for two processes of one thread
-take products as small as a toy's faster than one of two threads. What a stage prints goes to out/toy/STAGE.log.
-Finished stages are left alone; one that was stopped goes on where it was.
+It calls each stage's `main`, as `python sft.py config/toy_sft.py` does, but imports PyTorch once. With two cores or
+more, two processes share the rows, and each has whole models (`shard_size=1`): for products as small as a toy's that is
+faster than two threads. What a stage prints goes to out/toy/STAGE.log. Finished stages are left alone, and one that was
+stopped goes on where it was.
 """
 
 import argparse
@@ -14,8 +14,11 @@ import multiprocessing
 import os
 import socket
 import sys
+import textwrap
 import time
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,17 +31,27 @@ import sample
 import sft
 from configurator import configure
 from distributed.processes import join_process_group
-from hub.files import read_jsonl
+from hub.files import read_json, read_jsonl
 from toy import gold, make_data, report
 
-STAGES = {"sft": sft, "rm": rm, "ppo": ppo, "dpo": dpo}
-# stage: what is drawn of it, by its name in metrics.jsonl and in words
-CURVES = {
-    "sft": ("loss/sft", "-log p of the summaries' tokens, in nats"),
-    "rm": ("train/accuracy", "share of pairs whose preferred summary has the higher reward"),
-    "ppo": ("objective/scores", "the reward model's score of what the policy writes"),
-    "dpo": ("rewards/accuracies", "share of pairs whose preferred summary has gained on the other"),
-}
+
+class Part(NamedTuple):
+    script: ModuleType
+    title: str
+    metric: str  # of metrics.jsonl, whose curve is drawn
+    words: str  # what the metric is
+
+
+PARTS = {
+    "sft": Part(sft, "SFT imitates the reference summaries", "loss/sft",
+                "loss, -log p of a summary's token: down is better"),
+    "rm": Part(rm, "the reward model learns which of two summaries people prefer", "train/accuracy",
+               "accuracy, the share of pairs whose preferred summary has the higher reward: up is better"),
+    "ppo": Part(ppo, "PPO learns to write what the reward model likes", "objective/scores",
+                "score of the policy's summaries by the reward model: up is better"),
+    "dpo": Part(dpo, "DPO learns from the preferences, without a reward model", "rewards/accuracies",
+                "accuracy, the share of pairs in which the policy moved to the preferred summary: up is better"),
+}  # fmt: skip
 N_SHOWN = 3  # posts whose summaries are shown after each stage
 
 
@@ -48,16 +61,21 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--config", default="config", help="the directory of the files toy_STAGE.py")
     args = parser.parse_args()
+    print(f"writing posts, summaries and preferences to {args.out}/data", flush=True)
     make_data.write_data(f"{args.out}/data", args.seed)
 
     n_processes = min(2, os.cpu_count())
     port = free_port()
-    # A fork has what is imported here. Other systems than Linux do not fork well, and import it again.
+    # On Linux a fork shares what is imported. Elsewhere forks are not safe: the other process imports it again.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     for rank in range(1, n_processes):
         other = context.Process(target=run, args=(rank, n_processes, port, args), daemon=True)
         other.start()
-    run(0, n_processes, port, args)
+    try:
+        run(0, n_processes, port, args)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on where it can", file=sys.stderr)
+        sys.exit(130)
 
 
 def free_port():
@@ -73,20 +91,22 @@ def run(rank, n_processes, port, args):
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(max(1, os.cpu_count() // n_processes))
     if rank > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        # Both would say the same.
+        sys.stdout = sys.stderr = open(f"{out}/rank{rank}.log", "a", buffering=1)  # noqa: SIM115
     join_process_group(gpu=None)
 
-    for name in STAGES:
-        began = time.perf_counter()
-        print(f"\n{name}: output in {out}/{name}.log", flush=True)
-        run_script(args, STAGES[name], name)
+    began = time.perf_counter()
+    for number, (name, part) in enumerate(PARTS.items(), 1):
+        print(f"\n[{number}/{len(PARTS)}] {part.title} (log: {out}/{name}.log)", flush=True)
+        run_script(args, part.script, name)
         if not Path(out, name, "final").exists():
-            return  # it was stopped
+            print(f"{name}: stopped; the same command goes on from there")
+            return
         show_curve(name, out)
         if name != "rm":
             write_samples(args, name, "first", f"--split=validation[:{N_SHOWN}]", "--reward_model=")
             show_samples(name, out)
-        print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
+        print(f"{time.perf_counter() - began:.0f} seconds so far", flush=True)
 
     for name in report.STAGES:
         write_samples(args, name, "samples")
@@ -99,7 +119,8 @@ def run(rank, n_processes, port, args):
 
 def run_script(args, script, name, *options):
     """`python NAME.py config/toy_NAME.py`, with its output in a log."""
-    cfg = configure(script.Config, [f"{args.config}/toy_{script.__name__}.py", f"--seed={args.seed}", *options])
+    values = [f"{args.config}/toy_{script.__name__}.py", f"--seed={args.seed}", "--device=cpu", "--shard_size=1"]
+    cfg = configure(script.Config, [*values, *options])
     with open(f"{args.out}/{name}.log", "a") as log, contextlib.redirect_stdout(log):
         script.main(cfg)
 
@@ -112,9 +133,12 @@ def write_samples(args, stage, name, *options):
 
 def show_curve(stage, out):
     """Draw a stage's learning curve."""
-    metric, words = CURVES[stage]
-    values = [row[metric] for row in read_jsonl(f"{out}/{stage}/metrics.jsonl") if metric in row]
-    print(f"\n{words}; {len(values)} updates", *chart(values), sep="\n", flush=True)
+    part = PARTS[stage]
+    values = [row[part.metric] for row in read_jsonl(f"{out}/{stage}/metrics.jsonl") if part.metric in row]
+    print(f"\n{part.words}", *chart(values), f"{'':10}{len(values)} updates", sep="\n")
+    if stage == "rm":
+        accuracy = read_json(f"{out}/rm/eval.json")["eval/accuracy"]
+        print(f"on held-out pairs {accuracy:.2f}; one label in ten is the toss of a coin")
 
 
 def chart(values, width=60, height=8):
@@ -127,17 +151,22 @@ def chart(values, width=60, height=8):
     lines = []
     for level in reversed(range(height)):
         marks = "".join("*" if x == level else " " for x in levels)
-        lines.append(f"{low + level * step:8.2f} |{marks}")
+        lines.append(f"{low + level * step:8.2f} |{marks.rstrip()}")
     return lines
 
 
 def show_samples(stage, out):
-    """Show what a stage's model writes to a few posts, and its gold score."""
-    print(f"\nto {N_SHOWN} posts that it has not seen, {stage} writes")
-    for row in read_jsonl(f"{out}/{stage}/first/samples.jsonl"):
-        post = gold.post_of(row["query"])
+    """Show what a stage's model writes to a few posts, and its gold score; at first the posts, too."""
+    rows = read_jsonl(f"{out}/{stage}/first/samples.jsonl")
+    if stage == "sft":
+        print("\nposts that no stage learns from:")
+        for number, row in enumerate(rows, 1):
+            post = f"  {number}. {gold.post_of(row['query'])}"
+            print(textwrap.fill(post, 100, subsequent_indent="     "))
+    print(f"\nwhat {stage.upper()} writes to them (gold: the true score, which no stage sees; at most 4):")
+    for number, row in enumerate(rows, 1):
         response = row["response"].removesuffix("<|endoftext|>")
-        print(f"  {post}\n    ->{response}   (gold {gold.gold_score(post, response):.2f})", flush=True)
+        print(f"  {number}.{response}   gold {gold.gold_score(gold.post_of(row['query']), response):g}")
 
 
 if __name__ == "__main__":

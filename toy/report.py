@@ -47,6 +47,8 @@ def line(name, rows, kl):
     stats = gold.evaluate(rows)
     score = f"{stats['gold_mean']:6.2f} ± {stats['gold_ci95']:4.2f}"
     wins = f"{stats['win_rate']:6.1%}"
+    if name == "reference":
+        wins = f"{'-':>6}"  # against itself
     numbers = f"{mean(rows, 'score'):7.2f} {kl:>6} {mean(rows, 'tokens'):7.1f} {mean(rows, 'eos'):6.1%}"
     return f"{name:10} {score:>14} {wins} {numbers}"
 
@@ -60,13 +62,15 @@ def main(directory):
     print(line("reference", references, "-"))
     for stage in STAGES:
         print(line(stage.upper(), rows[stage], f"{mean(rows[stage], 'kl'):.2f}"))
-    print("gold: the score behind the labels, at most 4; wins: by gold, against the reference; reward: the model's;")
-    print("KL: to the SFT model, in nats per response; tokens: the mean length; EOS: the share of responses that end")
+    print("gold: the score behind the labels, at most 4; wins: by gold, against the reference; reward: the reward")
+    print("model's score; KL: to the SFT model, in nats per response; tokens: the mean length; EOS: the share of")
+    print("responses that end")
 
-    print("\nsamples:", *paths.values(), sep="\n  ")
+    print(f"\n{references[0]['query']}")
+    print(f"{'reference':10} {references[0]['response']}")
     for stage in STAGES:
-        print(f"\n{stage.upper()}: {rows[stage][0]['response']}", end="")
-    print(f"\nreference: {references[0]['response']}\npost: {references[0]['query']}")
+        print(f"{stage.upper():10} {rows[stage][0]['response']}")
+    print("\nall samples:", *paths.values(), sep="\n  ")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """PPO's other objective (arXiv:1707.06347 eq. 8): no clip, but a penalty on the KL of each update.
 
-    python -m variants.kl_penalty config/toy_ppo.py --out_dir=out/toy/kl_penalty
+    python -m variants.kl_penalty config/toy_ppo.py --critic_steps=0 --out_dir=out/toy/kl_penalty
     torchrun --nproc_per_node=8 -m variants.kl_penalty config/ppo_1b.py --out_dir=out/kl_penalty_1b
 
 The loss is -ratio A + beta KL(old || new). After an update whose KL was below kl_step / 1.5, beta is halved; above
