@@ -100,9 +100,6 @@ class Rows:
             return self.columns[key]
         return {name: pick(column, key) for name, column in self.columns.items()}
 
-    def __len__(self):
-        return len(self.columns["length"])
-
 
 def last_scalars(models, device, queries, responses):
     """Values (B,), the mean over models, at the last token of query + response: EOS, if there is one (detail 12)."""

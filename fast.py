@@ -1,4 +1,4 @@
-"""The same numbers as the plain way in model.py and generation.py, sooner and in less memory.
+"""The same numbers as the plain way in model.py, sooner and in less memory.
 
     invert_cdf        the sums of blocks of ids, then those in one block
     token_logprobs    a few rows at a time; the backward pass turns the logits into their gradient, in place
@@ -30,7 +30,8 @@ class Linear(nn.Linear):
 def attend(q, k, v, mask):
     """Attention of q (B, H, R, E) to k, v (B, H, T, E) where `mask` (B, 1, R or 1, T) is True; None: causal, R = T."""
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        is_causal = mask is None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
 
     # There two products take a third of that kernel's time.
     R, E = q.shape[2:]
@@ -39,33 +40,46 @@ def attend(q, k, v, mask):
         everywhere = torch.ones(R, T, dtype=torch.bool)
         mask = everywhere.tril()
     scores = (q * E**-0.5) @ k.transpose(2, 3)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1)
     return weights @ v
 
 
 def invert_cdf(probs, uniforms):
-    """`generation.invert_cdf` of probs (B, V) at uniforms (B, 1): first the block of ids, then the id in it: (B, 1).
+    """The ids (B, 1) at which the sum of probs (B, V) from the left passes `uniforms` (B, 1).
 
-    A running sum over 50,000 ids in float64 is slow; this one runs over 200 blocks, and then over 256 ids.
+    The plain way is `find_column(probs, uniforms)`. But a running sum over 50,000 ids is slow: this one runs over 200
+    blocks, and then over the 256 ids of a block.
     """
-    V = probs.shape[1]
-    n_blocks = -(-V // BLOCK)
-    blocks = F.pad(probs, (0, n_blocks * BLOCK - V)).view(-1, n_blocks, BLOCK)
-    cdf = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # (B, blocks)
-    end = cdf[:, -1:]
-    draws = uniforms * end
-    last_block = (cdf < end).sum(-1, keepdim=True)  # the last one with any probability
-    block = torch.searchsorted(cdf, draws, right=True).minimum(last_block)  # (B, 1)
+    B, V = probs.shape
+    missing = -V % BLOCK
+    blocks = F.pad(probs, (0, missing)).view(B, -1, BLOCK)
+    masses = blocks.sum(-1, dtype=torch.float64)  # (B, blocks)
+    # Up to rounding they add up to 1: scaled by their sum, every draw is inside.
+    total = masses.sum(-1, keepdim=True)
+    draws = uniforms * total
+    block, left = find_column(masses, draws)
 
-    inside = blocks.gather(1, block[..., None].expand(-1, 1, BLOCK))[:, 0]  # (B, BLOCK)
-    inner_cdf = inside.double().cumsum(-1)
-    mass = inner_cdf[:, -1:]
-    # What the draw has left at the block's first id.
-    left = draws - (cdf.gather(1, block) - mass)
-    index = torch.searchsorted(inner_cdf, left.clamp(min=0), right=True)
-    # Rounding must not carry it past the block's last id with any probability.
-    last = (inner_cdf < mass).sum(-1, keepdim=True)
-    return block * BLOCK + index.minimum(last)
+    rows = torch.arange(B, device=probs.device)
+    inside = blocks[rows, block[:, 0]]  # (B, BLOCK)
+    index, _ = find_column(inside, left)
+    return block * BLOCK + index
+
+
+def find_column(probs, draws):
+    """The columns (B, 1) of probs (B, N) where their sum passes the draws (B, 1), and what of these is left there."""
+    # In float32 thousands of unlikely ids would add nothing to the sum, and never be drawn.
+    cdf = probs.double().cumsum(-1)
+    # `right`, and the last column, skip what has no probability at all.
+    column = torch.searchsorted(cdf, draws, right=True)
+    end = cdf[:, -1:]
+    last = (cdf < end).sum(-1, keepdim=True)
+    column = column.minimum(last)
+
+    reached = cdf.gather(1, column)
+    before = reached - probs.gather(1, column)
+    left = (draws - before).clamp(min=0)
+    return column, left
 
 
 def token_logprobs(logits, tokens, temperature=1.0, n_vocab=None, with_entropy=False, at_a_time=None):

@@ -58,8 +58,7 @@ class KVCache:
             # A decoding step: one column of every row.
             keys.index_copy_(2, self.last, k)
             values.index_copy_(2, self.last, v)
-            mask = self.mask[:, None, None]  # (B, 1, 1, columns)
-            return keys, values, mask
+            return keys, values, self.mask[:, None, None]
         keys[self.rows, :, :T] = k
         values[self.rows, :, :T] = v
         return k, v, None
@@ -87,20 +86,6 @@ def decode_one_token(model, tokens, cache):
     """Feed the tokens (B,) just drawn; returns the logits (B, 1, V) of what follows them."""
     cache.begin_decode()
     return model(tokens[:, None], None, cache)
-
-
-def invert_cdf(probs, uniforms):
-    """The ids (B, 1) at which the sum of probs (B, V) from the left passes `uniforms` (B, 1).
-
-    This is the definition, to read and to test by; sampling takes `fast.invert_cdf`, the same in two steps.
-    """
-    # In float32 thousands of unlikely ids would add nothing to the sum, and never be drawn.
-    cdf = probs.double().cumsum(-1)
-    # Up to rounding the CDF ends at 1: scaling by its end keeps every draw inside it.
-    end = cdf[:, -1:]
-    last = (cdf < end).sum(-1, keepdim=True)
-    # `right` skips ids that have no probability at all.
-    return torch.searchsorted(cdf, uniforms * end, right=True).minimum(last)
 
 
 def sample_token(logits, temperature, uniforms, n_vocab=None):

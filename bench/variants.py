@@ -55,7 +55,8 @@ PPO_ARMS = {
                                  "a slope back from there (Truly PPO)", "test_trust_region_matches_numbers_by_hand"),
     "truly": Arm("-m variants.truly_ppo --form=truly --delta=0.03", "the KL itself back from there (its authors' code)",
                  "test_trust_region_matches_numbers_by_hand"),
-    "kl_penalty": Arm("-m variants.kl_penalty", "no clip, a penalty on KL(old, new), arXiv:1707.06347 eq. 8",
+    "kl_penalty": Arm("-m variants.kl_penalty --critic_steps=0",
+                      "no clip, a penalty on KL(old, new), arXiv:1707.06347 eq. 8",
                       "test_kl_penalty_estimates_the_kl_from_old_to_new"),
     "early_stop": Arm("-m variants.early_stop", "an update ends at a KL, Spinning Up",
                       "test_early_stop_leaves_out_the_later_steps"),
@@ -90,7 +91,7 @@ PPO_ARMS = {
     "clip_higher": Arm("-m variants.sequence_ratio --group_size=4 --kl_coef=0.05 --ratio_of=token --clip_low=0.2 "
                        "--clip_high=0.28", "the clip of DAPO, wider above, arXiv:2503.14476",
                        "test_clip_higher_bounds_the_two_sides_apart"),
-    "online_dpo": Arm("-m variants.online_dpo", "DPO on fresh pairs, arXiv:2402.04792",
+    "online_dpo": Arm("-m variants.online_dpo --n_minibatches=1", "DPO on fresh pairs, arXiv:2402.04792",
                       "test_online_dpo_has_the_gradient_of_dpo"),
 }  # fmt: skip
 FAMILY = "test_dpo_loss_of_each_type_matches_table"

@@ -6,5 +6,6 @@ model = f"{_out}/ppo/final"
 reward_model = f"{_out}/rm/final"
 reference = f"{_out}/sft/final"
 data = _out + "/data/sft_{split}.jsonl"
+seed = 1
 response_length = 24
 shard_size = 1  # each process has a whole model

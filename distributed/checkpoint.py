@@ -69,7 +69,7 @@ def training_state(run):
     tensors = {}
     for name, parameter in run.models.named_parameters():
         tensors[name] = parameter
-        for key, moment in run.optimizer.state[parameter].items():
+        for key, moment in run.optimizer.state.get(parameter, {}).items():
             tensors[f"{key}.{name}"] = moment
     return tensors
 

@@ -483,13 +483,14 @@ def test_each_type_of_number_has_its_bounds(key):
 
 
 CONFIG_FILES = sorted((Path(__file__).parent.parent / "config").glob("[a-z]*_*.py"))
+CONFIG_FILES += sorted((Path(__file__).parent.parent / "lab" / "config").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
 def test_config_files_fit_the_stage_that_their_first_line_starts(path):
     """A script is launched by its file, a variant as a module: `-m variants.NAME`."""
     launch = path.read_text().splitlines()[0]
-    script, variant = re.search(r" (?:(\w+)\.py|-m (variants\.\w+)) config/", launch).groups()
+    script, variant = re.search(r" (?:(\w+)\.py|-m (variants\.\w+)) (?:lab/)?config/", launch).groups()
     stage = importlib.import_module(script or variant)
     assert path.name in launch
     assert configure(stage.Config, [str(path)]) != stage.Config()

@@ -83,7 +83,14 @@ def test_chart_draws_means_from_left_to_right():
 
 @pytest.mark.parametrize("stage", demo.PARTS)
 def test_the_laboratorys_toy_is_configured_as_the_demos(stage):
-    """The same fields of the same stage: other numbers, another model."""
-    for directory in ("config", "lab/config"):
+    """The same data and models, each in its own directory."""
+    places = []
+    for directory, out in (("config", "out/toy"), ("lab/config", "out/lab-toy-1")):
         cfg = configure(demo.PARTS[stage].script.Config, [str(ROOT / directory / f"toy_{stage}.py")])
-        assert cfg.out_dir.endswith(f"/{stage}") and cfg.seed == 1
+        assert cfg.out_dir == f"{out}/{stage}" and cfg.seed == 1
+        names = ("model", "reward_model", "data", "normalize_data")
+        found = {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
+        places.append({name: value.removeprefix(out) for name, value in found.items()})
+    if stage == "sft":
+        assert [place.pop("model") for place in places] == ["config/toy_model", "lab/config/toy_model"]
+    assert places[0] == places[1]

@@ -133,7 +133,9 @@ def test_two_replicas_of_two_shards_are_one_run(pipeline, sharded):
     same_weights(sharded, cfg)
 
 
-@pytest.mark.parametrize("n, options", [(1, {}), (2, dict(shard_size=1)), (4, dict(shard_size=2, offload="all"))])
+@pytest.mark.parametrize("n, options", [
+    (1, {}), (2, dict(shard_size=1)), (4, {}), (4, dict(shard_size=2, offload="all")),
+])  # fmt: skip
 def test_a_run_saved_by_two_processes_goes_on_in_others(pipeline, sharded, n, options, capsys):
     """From its second update; the reference is the run that two processes finished."""
     moved = pipeline.directory / f"resumed_on_{n}_{len(options)}"
@@ -201,9 +203,9 @@ torch.distributed.destroy_process_group()
 def test_no_process_ever_holds_a_whole_model(pipeline, tmp_path):
     """Four processes load a float16 file of 113 M parameters as float32 and write it again.
 
-    A rank's share is a quarter of 451 MB; what the first load imports, 30 MB; while its rows of the largest tensor
+    A rank's share is a quarter of 451 MB; while its rows of the largest tensor
     (12,000 x 1024: 49 MB in all) are checked there are some copies of these, less than the whole tensor. That is
-    192 MB; a whole copy of the model would be 451 MB more. Writing gathers one tensor at a time, from parts that other
+    162 MB; a whole copy of the model would be 451 MB more. Writing gathers one tensor at a time, from parts that other
     ranks send, and makes bytes of it: less than three of the largest.
     """
     shape = GPTNeoXConfig(vocab_size=12_000, hidden_size=1024, num_hidden_layers=7, num_attention_heads=8)
@@ -218,7 +220,7 @@ def test_no_process_ever_holds_a_whole_model(pipeline, tmp_path):
     largest = 4 * 12_000 * 1024
     assert len(rows) == 4 and whole > 450e6
     for rank, loading, writing in rows:
-        assert loading < whole / 4 + largest + 30e6, (rank, loading)
+        assert loading < whole / 4 + largest, (rank, loading)
         assert writing < 3 * largest, (rank, writing)
     again = load_file(tmp_path / "out" / "final" / "model.safetensors")
     for name, tensor in model.state_dict().items():

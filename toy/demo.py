@@ -64,18 +64,32 @@ def main():
     print(f"writing posts, summaries and preferences to {args.out}/data", flush=True)
     make_data.write_data(f"{args.out}/data", args.seed)
 
-    n_processes = min(2, os.cpu_count())
+    n_processes = min(2, n_cores())
     port = free_port()
+    others = []
     # On Linux a fork shares what is imported. Elsewhere forks are not safe: the other process imports it again.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     for rank in range(1, n_processes):
-        other = context.Process(target=run, args=(rank, n_processes, port, args), daemon=True)
-        other.start()
+        others.append(context.Process(target=run, args=(rank, n_processes, port, args)))
+        others[-1].start()
     try:
         run(0, n_processes, port, args)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it can", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as error:
+        # Of gloo, most likely.
+        sys.exit(f"error: {error}; if the other process is gone, {args.out}/rank1.log may say why")
+    finally:
+        for other in others:
+            other.kill()  # it may wait for this one, for ever
+
+
+def n_cores():
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def free_port():
@@ -89,7 +103,8 @@ def run(rank, n_processes, port, args):
     out = args.out
     environment = dict(RANK=rank, WORLD_SIZE=n_processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TOY_OUT=out)
     os.environ.update({name: str(value) for name, value in environment.items()})
-    torch.set_num_threads(max(1, os.cpu_count() // n_processes))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, n_cores() // n_processes))
     if rank > 0:
         # Both would say the same.
         sys.stdout = sys.stderr = open(f"{out}/rank{rank}.log", "a", buffering=1)  # noqa: SIM115
@@ -165,7 +180,7 @@ def show_samples(stage, out):
             print(textwrap.fill(post, 100, subsequent_indent="     "))
     print(f"\nwhat {stage.upper()} writes to them (gold: the true score, which no stage sees; at most 4):")
     for number, row in enumerate(rows, 1):
-        response = row["response"].removesuffix("<|endoftext|>")
+        response = row["response"].removesuffix("<|endoftext|>").replace("\n", " ")
         print(f"  {number}.{response}   gold {gold.gold_score(gold.post_of(row['query']), response):g}")
 
 

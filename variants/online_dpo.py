@@ -1,6 +1,6 @@
 """Online DPO (arXiv:2402.04792): two fresh answers to a query, the reward model picks, one step of DPO on the pair.
 
-    python -m variants.online_dpo config/toy_ppo.py --out_dir=out/toy/online_dpo
+    python -m variants.online_dpo config/toy_ppo.py --n_minibatches=1 --out_dir=out/toy/online_dpo
     torchrun --nproc_per_node=8 -m variants.online_dpo config/ppo_1b.py --out_dir=out/online_dpo_1b
 
 DPO's loss of a pair is -log sigmoid(beta m), m the difference of the answers' log-ratios to the reference, and its

@@ -6,4 +6,5 @@ model = f"{_out}/ppo/final"
 reward_model = f"{_out}/rm/final"
 reference = f"{_out}/sft/final"
 data = _out + "/data/sft_{split}.jsonl"
+seed = 1
 response_length = 24
