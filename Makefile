@@ -25,6 +25,8 @@ REPRO_RM  ?= mnoukhov/pythia410m-rm-tldr6.9b
 demo: $(VENV)/ready
 	$(PY) -m toy.demo $(OUT) --seed=$(SEED) --config=$(CONFIG)
 
+# of one thread each: two workers of two threads on two cores take up to nine times as long for the same test
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/ready-dev
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

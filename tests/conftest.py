@@ -13,6 +13,21 @@ if os.environ.get("NPLUS_DATA"):
     PLACES.append(Path(os.environ["NPLUS_DATA"]))
 
 
+# They take longest: begun last, one of them would run on while the other processes of pytest have nothing left to do.
+FIRST = ("test_variants", "test_notebooks", "test_distributed", "test_faults", "test_data_tokenizer", "test_stages",
+         "test_options", "test_online_rlhf", "test_own_data")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long come first, in their own order; the others stay as they are."""
+
+    def place(item):
+        name = item.path.stem
+        return FIRST.index(name) if name in FIRST else len(FIRST)
+
+    items.sort(key=place)
+
+
 def find(name):
     return next((place / name for place in PLACES if (place / name).exists()), None)
 

@@ -261,7 +261,8 @@ def test_changed_code_does_not_read_the_old_cache(tokenizer, toy, tmp_path):
     def fingerprint_of_copy(edited=None):
         """That of the same rows, read by a copy of the code."""
         copy = tmp_path / f"edited {edited}".replace("/", " ")
-        shutil.copytree(ROOT / "hub", copy / "hub")
+        for name in ("hub", "config"):
+            shutil.copytree(ROOT / name, copy / name)
         for name in ("configurator.py", "data.py"):
             shutil.copy(ROOT / name, copy)
         if edited is not None:

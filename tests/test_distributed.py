@@ -203,9 +203,9 @@ torch.distributed.destroy_process_group()
 def test_no_process_ever_holds_a_whole_model(pipeline, tmp_path):
     """Four processes load a float16 file of 113 M parameters as float32 and write it again.
 
-    A rank's share is a quarter of 451 MB; while its rows of the largest tensor
+    A rank's share is a quarter of 451 MB; what the first load imports, 10 MB; while its rows of the largest tensor
     (12,000 x 1024: 49 MB in all) are checked there are some copies of these, less than the whole tensor. That is
-    162 MB; a whole copy of the model would be 451 MB more. Writing gathers one tensor at a time, from parts that other
+    172 MB; a whole copy of the model would be 451 MB more. Writing gathers one tensor at a time, from parts that other
     ranks send, and makes bytes of it: less than three of the largest.
     """
     shape = GPTNeoXConfig(vocab_size=12_000, hidden_size=1024, num_hidden_layers=7, num_attention_heads=8)
@@ -220,7 +220,7 @@ def test_no_process_ever_holds_a_whole_model(pipeline, tmp_path):
     largest = 4 * 12_000 * 1024
     assert len(rows) == 4 and whole > 450e6
     for rank, loading, writing in rows:
-        assert loading < whole / 4 + largest, (rank, loading)
+        assert loading < whole / 4 + largest + 10e6, (rank, loading)
         assert writing < 3 * largest, (rank, writing)
     again = load_file(tmp_path / "out" / "final" / "model.safetensors")
     for name, tensor in model.state_dict().items():

@@ -150,8 +150,9 @@ class Oracle:
                     near = clip(values[t], before - cfg.cliprange_value, before + cfg.cliprange_value)
                     plain = (values[t] - goal) ** 2
                     clipped = (near - goal) ** 2
-                    loss = loss + cfg.vf_coef * 0.5 * max(plain, clipped) / n_values
-                    stats["loss/value_avg"] += 0.5 * max(plain, clipped).item() / n_values
+                    worse = torch.as_tensor(max(plain, clipped))
+                    loss = loss + cfg.vf_coef * 0.5 * worse / n_values
+                    stats["loss/value_avg"] += 0.5 * worse.item() / n_values
                     stats["val/clipfrac_avg"] += float(clipped > plain) / n_values
             loss.backward()
         return stats

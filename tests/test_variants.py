@@ -299,6 +299,8 @@ def test_tr_dpo_that_stays_is_dpo(pipeline):
 def test_aot_does_not_depend_on_the_micro_batch(pipeline, loss_type):
     options = dict(loss_type=loss_type, lr=1e-3, beta=1.0)
     runs = [dpo_run(pipeline, f"{loss_type}_micro{n}", aot, micro_batch_size=n, **options)[1] for n in (1, 8)]
+    for rows in runs:
+        del rows[0]["rewards/accuracies"]  # DPO starts with all rewards 0: rounding decides the sign
     for one, other in zip(*runs, strict=True):
         for key in one:
             np.testing.assert_allclose(one[key], other[key], rtol=1e-5, atol=1e-5, err_msg=key)
