@@ -4,6 +4,7 @@
 # make lab     set up, then run the laboratory's first experiment (LAB="" runs all of them)
 # make constitution   set up, then a small language model on this machine labels toy pairs and revises summaries
 # make repro   set up, then PPO from published models of 410m, on a GPU (docs/repro.md)
+# make check   the linter, and the tests that a developer runs after each edit
 # make lint    the linter
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ LAB    ?= overoptimisation
 REPRO_SFT ?= mnoukhov/pythia410m-sft-tldr
 REPRO_RM  ?= mnoukhov/pythia410m-rm-tldr6.9b
 
-.PHONY: demo test lab constitution repro lint
+.PHONY: demo test check lab constitution repro lint
 demo: $(VENV)/ready
 	$(PY) -m toy.demo $(OUT) --seed=$(SEED) --config=$(CONFIG)
 
@@ -29,6 +30,13 @@ demo: $(VENV)/ready
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/ready-dev
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# what to run after each edit, in a minute: the page, the mathematics, and a run of PPO beside its oracle
+CHECKED = style docs configurator math options_math variants_math oracle model speed toy bad_input
+check: export OMP_NUM_THREADS = 1
+check: $(VENV)/ready-dev
+	$(VENV)/bin/ruff check .
+	$(PY) -m pytest -n 2 -x $(CHECKED:%=tests/test_%.py) -k "not compiled"
 
 lab: $(VENV)/ready-extra
 	$(PY) lab/lab.py $(LAB)

@@ -8,6 +8,7 @@ there models are plain modules. Several such processes are replicas, whose gradi
 import contextlib
 import gc
 import os
+import sys
 
 import torch
 
@@ -29,7 +30,8 @@ def load_model(cfg, world, tokenizer, cls, source, trainable=False, scratch=Fals
     new_head:  draw the scalar head, and read the body, of either kind of model.
     """
     directory = find_model(source)
-    gc.collect()  # FSDP's modules are in cycles: a model that is no longer used goes before the next one comes
+    if "torch.distributed.fsdp" in sys.modules:
+        gc.collect()  # FSDP's modules are in cycles: a model that is no longer used goes before the next one comes
     with torch.device("meta"):
         model = cls(GPTNeoXConfig.from_directory(directory))
     size = model.config.vocab_size

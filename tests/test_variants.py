@@ -200,7 +200,8 @@ RUNS = {
 def test_variant_starts_from_the_reference_and_learns_brevity(pipeline, name):
     """KL 0 and ratio 1 at first; paid for short responses, it writes shorter ones."""
     module, options = RUNS[name]
-    common = dict(lr=3e-3, episodes=12 * 32, batch_size=32, micro_batch_size=32, missing_eos_score=-30.0)
+    common = dict(lr=3e-3, episodes=12 * 32, batch_size=32, missing_eos_score=-30.0)
+    common.update(micro_batch_size=32, rollout_micro_batch_size=32)
     _, rows = run(pipeline, f"learns_{name}", module, length_score, **common, **options)
     assert rows[0]["objective/kl"] == 0.0
     assert rows[0]["val/ratio"] == pytest.approx(1, abs=1e-5)
