@@ -8,7 +8,6 @@ there models are plain modules. Several such processes are replicas, whose gradi
 import contextlib
 import gc
 import os
-import sys
 
 import torch
 
@@ -30,8 +29,6 @@ def load_model(cfg, world, tokenizer, cls, source, trainable=False, scratch=Fals
     new_head:  draw the scalar head, and read the body, of either kind of model.
     """
     directory = find_model(source)
-    if "torch.distributed.fsdp" in sys.modules:
-        gc.collect()  # FSDP's modules are in cycles: a model that is no longer used goes before the next one comes
     with torch.device("meta"):
         model = cls(GPTNeoXConfig.from_directory(directory))
     size = model.config.vocab_size
@@ -88,6 +85,7 @@ def shard(model, world, master_dtype, offload=False):
         return  # nothing to share, to cast or to move
     from torch.distributed import fsdp  # it imports PyTorch's compiler, which takes a second
 
+    gc.collect()  # FSDP's modules are in cycles: a model that is no longer used goes before this one takes memory
     options = dict(mesh=world.mesh, reshard_after_forward=True)
     if offload:
         options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=world.device.type == "cuda")

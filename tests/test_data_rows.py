@@ -246,9 +246,10 @@ def test_changed_file_is_read_again(tokenizer, tmp_path):
 
 FINGERPRINT = """
 import sys
-import data
+from hub.table import load_rows  # where data.py has it from, without PyTorch
+from hub.tokenizer import Tokenizer
 path, tokenizer = sys.argv[1:]
-print(data.load_rows(path, "train", data.Tokenizer.load(tokenizer), 1)._fingerprint)
+print(load_rows(path, "train", Tokenizer.load(tokenizer), 1)._fingerprint)
 """
 
 
@@ -263,8 +264,7 @@ def test_changed_code_does_not_read_the_old_cache(tokenizer, toy, tmp_path):
         copy = tmp_path / f"edited {edited}".replace("/", " ")
         for name in ("hub", "config"):
             shutil.copytree(ROOT / name, copy / name)
-        for name in ("configurator.py", "data.py"):
-            shutil.copy(ROOT / name, copy)
+        shutil.copy(ROOT / "configurator.py", copy)
         if edited is not None:
             with open(copy / edited, "a") as file:
                 file.write("# edited\n")

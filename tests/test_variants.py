@@ -364,7 +364,8 @@ def test_dpo_learns_from_soft_labels(pipeline, tmp_path):
         row = {"prompt": "Anna said:", "chosen": " yes", "rejected": " no", "target": target}
         data = tmp_path / f"soft{target}.jsonl"
         data.write_text((json.dumps(row) + "\n") * 8)
-        options = dict(loss_type="sigmoid", data=str(data), beta=1.0, lr=1e-3, weight_decay=0.0, episodes=320)
+        options = dict(loss_type="sigmoid", data=str(data), beta=1.0, lr=1e-3, weight_decay=0.0, episodes=320,
+                       micro_batch_size=8)  # fmt: skip
         _, rows = dpo_run(pipeline, f"soft{target}", dpo_losses, **options)
         assert rows[0]["loss/dpo"] == pytest.approx(np.log(2), abs=1e-6)
         likelier = max(target, 1 - target)
