@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # torch 2.13.0: to make any optimizer of torch.optim, or an nn.Embedding on the "meta" device, imports PyTorch's compiler
-# (torch._dynamo, with sympy): more than 1,000 modules, as many as `import torch` itself has, and about as long again.
+# (torch._dynamo, with sympy): 822 modules, where `import torch` has 1,136, and about two thirds of its time again.
 # No torch.compile is asked for. The functions behind the optimizers (torch.optim.adamw.adamw) do without, and so do
 # nn.Linear on "meta" and parameters made of torch.empty.
 #
@@ -19,6 +19,7 @@ cat > first.py <<'PYTHON'
 import sys
 
 import torch
+from torch.optim.adamw import adamw
 
 before = len(sys.modules)
 
@@ -34,7 +35,7 @@ def optimizer():
 def function():
     w, gradient, mean, square = torch.zeros(4, 3)
     numbers = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, amsgrad=False, maximize=False)
-    torch.optim.adamw.adamw([w], [gradient], [mean], [square], [], [torch.zeros(())], fused=True, **numbers)
+    adamw([w], [gradient], [mean], [square], [], [torch.zeros(())], fused=True, **numbers)
 
 
 def on_meta(cls):
@@ -53,7 +54,7 @@ if sys.argv[1] == "optimizer":
 else:
     on_meta(torch.nn.Embedding)
     print("nn.Embedding on meta:", is_imported())
-assert len(sys.modules) - before > 1000
+assert len(sys.modules) - before > 500
 PYTHON
 (env/bin/python first.py optimizer; env/bin/python first.py embedding) | tee seen
 diff seen - <<'SEEN'
