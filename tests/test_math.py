@@ -467,6 +467,9 @@ def test_learning_rate_warms_up_to_its_peak(schedule):
     rise = np.diff(rates[:10])
     assert (rise > 0).all()
     assert np.allclose(rise, 1e-4, atol=1e-9)  # straight, a tenth of the peak per step
+    # The first update has a tenth already; the decay begins after the tenth, and is half way at update 55 of 10 to 100.
+    assert (rates[0], rates[9], rates[10]) == pytest.approx((1e-4, 1e-3, 1e-3))
+    assert rates[55] == pytest.approx(1e-3 if schedule == "constant" else 5e-4)
     assert max(rates) == pytest.approx(1e-3, rel=1e-3)
     assert max(rates) <= 1e-3 * (1 + 1e-12)
     assert max(rates[9], rates[10]) == max(rates)
