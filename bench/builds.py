@@ -1,6 +1,6 @@
 """This tree beside an earlier commit, and two processes beside one: seconds of an update, or of generation, by turns.
 
-    python bench/builds.py 68a52f0 --what ppo sft generate --shape 14m --data "$NPLUS_DATA"
+    python bench/builds.py 2e9c53a --what ppo sft generate --shape 14m --data "$NPLUS_DATA"
 
 Both sides get the same random weights and rows (bench/bench.py makes them) and as many threads as there are cores; "two
 processes" have half of them each, whole models (--shard_size=1) and half of the rows. A round is a run of its own for
