@@ -299,8 +299,9 @@ def draw_phases(rows):
         axes.barh(list(rows), seconds, left=end, color=colour, label=phase)
         end = end + seconds
     axes.invert_yaxis()
+    axes.set_axisbelow(True)
     axes.set_xlabel("seconds of an update")
-    figure.legend(loc="outside upper left", ncols=len(phases), frameon=False)
+    figure.legend(loc="outside upper left", ncols=3, frameon=False)
     return figure
 
 
