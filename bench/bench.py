@@ -20,6 +20,7 @@ bench/RESULTS.md with --append.
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -140,16 +141,18 @@ def pieces(ids, length, tokenizer):
 # ---------------------------------------------------------------------------- what the work needs
 
 
+def operations_of_a_pass(d, layers, vocabulary, tokens, outputs, logits=True):
+    """Over a row of `tokens`, of which the last `outputs` are asked for."""
+    blocks = (layers - 1) * (24 * d**2 * tokens + 2 * d * tokens**2)
+    last = 4 * d**2 * tokens + (20 * d**2 + 4 * d * tokens - 2 * d * outputs) * outputs
+    head = 2 * vocabulary * d * outputs if logits else 0
+    return blocks + last + head
+
+
 def operations(what, shape, rows):
     """Floating-point operations of a unit of work: see above."""
     d, layers, _, vocabulary = PYTHIA[shape]
-
-    def forward(tokens, outputs, logits=True):
-        blocks = (layers - 1) * (24 * d**2 * tokens + 2 * d * tokens**2)
-        last = 4 * d**2 * tokens + (20 * d**2 + 4 * d * tokens - 2 * d * outputs) * outputs
-        head = 2 * vocabulary * d * outputs if logits else 0
-        return blocks + last + head
-
+    forward = functools.partial(operations_of_a_pass, d, layers, vocabulary)
     total = 0
     for row in rows:
         Q = len(row["query"])

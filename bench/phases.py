@@ -4,7 +4,7 @@
 
 Measured are the medians of timing.jsonl, without the first update. The floor of a phase is counted: its products at the
 rate of a large product on this machine, and what has no products at the rate of a large copy. A pass is counted as in
-bench/cost.py, for rows of mean length; the last block computes most of its work only where an output is asked for.
+bench/bench.py, for rows of mean length.
 
     generation   the queries once; then each token alone, which reads all weights
     scoring      policy and reference with logits, critic and reward model without
@@ -15,6 +15,7 @@ bench/cost.py, for rows of mean length; the last block computes most of its work
 """
 
 import argparse
+import functools
 import statistics
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 from plan import shape_of  # noqa: E402
 
-from bench import copy_peak, matmul_peak  # noqa: E402
+from bench import copy_peak, matmul_peak, operations_of_a_pass  # noqa: E402
 from configurator import require  # noqa: E402
 from hub.files import read_json, read_jsonl  # noqa: E402
 from lab import plot  # noqa: E402
@@ -33,25 +34,17 @@ from model import GPTNeoX, ScalarModel  # noqa: E402
 PHASES = ("generation", "scoring", "policy", "critic", "optimizer", "rest")
 
 
-def forward(shape, tokens, outputs, logits=True):
-    """Operations of a pass over a row of `tokens` that asks for so many outputs."""
-    d = shape.hidden_size
-    earlier = (shape.num_hidden_layers - 1) * (24 * d**2 * tokens + 2 * d * tokens**2)
-    # q, k and v everywhere; the rest of the last block at the outputs alone
-    last = 6 * d**2 * tokens + (18 * d**2 + 4 * d * tokens) * outputs
-    head = 2 * shape.vocab_size * d * outputs if logits else 0
-    return earlier + last + head
-
-
 def operations(shape, cfg, query, response):
     """{phase: operations} of an update, for queries and responses of these mean lengths."""
     whole = query + response
-    language = forward(shape, whole, response)
-    scalar = forward(shape, whole, response, logits=False)
-    one_scalar = forward(shape, whole, 1, logits=False)
+    sizes = (shape.hidden_size, shape.num_hidden_layers, shape.vocab_size)
+    forward = functools.partial(operations_of_a_pass, *sizes)
+    language = forward(whole, response)
+    scalar = forward(whole, response, logits=False)
+    one_scalar = forward(whole, 1, logits=False)
     trained = 3 * cfg["n_epochs"]
     row = {
-        "generation": forward(shape, whole - 1, response),
+        "generation": forward(whole - 1, response),
         "scoring": 2 * language + scalar + one_scalar,
         "policy": trained * language,
         "critic": trained * scalar,
