@@ -19,17 +19,14 @@ from tqdm import tqdm
 
 from config.fields import RunConfig, TrainConfig  # noqa: F401
 from configurator import UserError, require
-from data import Rows, batch_indices, load_rows
+from data import Rows, batch_indices
 from distributed.checkpoint import open_directory, resume, save_checkpoint
-from distributed.inputs import check_inputs, check_rows  # noqa: F401
+from distributed.inputs import check_inputs, check_rows, load_split, load_splits  # noqa: F401
 from distributed.optimizer import AdamW, backward, optimizer_step  # noqa: F401
 from distributed.processes import Done, Signals, Stopwatch, World, stage  # noqa: F401
 from distributed.sharding import generate_rows, keep_whole, load_model  # noqa: F401
 from hub.companions import write_companions
-from hub.config import GPTNeoXConfig
-from hub.fetch import find_model
-from hub.files import move, split_names, write_jsonl
-from hub.reader import has_split
+from hub.files import move, write_jsonl
 from hub.tokenizer import Tokenizer
 from hub.trackers import Tracker, require_library
 
@@ -57,17 +54,10 @@ def start(cfg, n_responses, models, functions, tokenizer_source="", n_minibatche
     out_dir = open_directory(cfg, world)
     tokenizer = Tokenizer.load(tokenizer_source or cfg.model)
     options["n_responses"] = n_responses
-    train = load_split(cfg, world, tokenizer, cfg.data, cfg.train_split, **options)
-    held_out = None
-    if cfg.eval_split and has_split(cfg.data, cfg.eval_split):
-        held_out = load_split(cfg, world, tokenizer, cfg.data, cfg.eval_split, **options)
-    elif cfg.eval_split:
-        share = "--train_split=train[:90%] --eval_split=train[90%:] would do so"
-        world.print(f"{cfg.data}: without {{split}} in its path no rows are held out, and none evaluated; {share}")
+    train, held_out = load_splits(cfg, world, tokenizer, **options)
 
     parts = n_minibatches * world.size
-    which = f"{parts}, minibatches x processes"
-    require(cfg.batch_size % parts == 0, f"batch_size must be a multiple of {which}")
+    require(cfg.batch_size % parts == 0, f"batch_size must be a multiple of {parts}, minibatches x processes")
     n_rows = cfg.episodes or len(train)
     n_updates = n_rows // cfg.batch_size
     require(n_updates > 0, f"{n_rows} rows are less than a batch of {cfg.batch_size}; lower batch_size")
@@ -81,24 +71,6 @@ def start(cfg, n_responses, models, functions, tokenizer_source="", n_minibatche
         world.print(f"{out_dir}/final is there already; to train again, choose another out_dir")
         raise Done  # `stage` ends quietly
     return world, data
-
-
-def load_split(cfg, world, tokenizer, source, split, n_responses, **options):
-    """`load_rows` with the limits of the configuration and of the model, on rank 0 first."""
-    options.setdefault("max_query_tokens", cfg.max_query_tokens)
-
-    def load():
-        directory = find_model(split_names(cfg.model)[0], patterns=["config.json"])
-        limit = GPTNeoXConfig.from_directory(directory).max_position_embeddings
-        if n_responses == 0:
-            limit -= getattr(cfg, "response_length", 0)  # the responses are still to come
-        longest = options.pop("max_length", getattr(cfg, "max_length", 0))
-        if longest:
-            limit = min(limit, longest)
-
-        return load_rows(source, split, tokenizer, n_responses, limit, too_long=cfg.too_long, **options)
-
-    return world.main_first(load)
 
 
 # ---------------------------------------------------------------------------- the run

@@ -1,5 +1,6 @@
-"""What a run is made from besides its configuration: rows, tokenizer, weights, functions. Resuming it with others is
-refused.
+"""What a run is made from besides its configuration: rows, tokenizer, weights, functions.
+
+Rank 0 reads the rows first. To resume a run with others of any of these is refused.
 """
 
 import contextlib
@@ -12,10 +13,41 @@ from pathlib import Path
 import pyarrow
 
 from configurator import explain, require
+from data import load_rows
+from hub.config import GPTNeoXConfig
 from hub.fetch import find_model
 from hub.files import read_json, split_names, write_json
-from hub.reader import read_split
+from hub.reader import has_split, read_split
 from hub.weights import weight_files
+
+
+def load_splits(cfg, world, tokenizer, **options):
+    """The rows to train on, and those that are held out: None without an eval_split."""
+    train = load_split(cfg, world, tokenizer, cfg.data, cfg.train_split, **options)
+    held_out = None
+    if cfg.eval_split and has_split(cfg.data, cfg.eval_split):
+        held_out = load_split(cfg, world, tokenizer, cfg.data, cfg.eval_split, **options)
+    elif cfg.eval_split:
+        share = "--train_split=train[:90%] --eval_split=train[90%:] would do so"
+        world.print(f"{cfg.data}: without {{split}} in its path no rows are held out, and none evaluated; {share}")
+    return train, held_out
+
+
+def load_split(cfg, world, tokenizer, source, split, n_responses, **options):
+    """`load_rows` with the limits of the configuration and of the model, on rank 0 first."""
+    options.setdefault("max_query_tokens", cfg.max_query_tokens)
+
+    def load():
+        directory = find_model(split_names(cfg.model)[0], patterns=["config.json"])
+        limit = GPTNeoXConfig.from_directory(directory).max_position_embeddings
+        if n_responses == 0:
+            limit -= getattr(cfg, "response_length", 0)  # the responses are still to come
+        longest = options.pop("max_length", getattr(cfg, "max_length", 0)) or limit
+        limit = min(limit, longest)
+
+        return load_rows(source, split, tokenizer, n_responses, limit, too_long=cfg.too_long, **options)
+
+    return world.main_first(load)
 
 
 def check_inputs(cfg, world, data, models, functions):
