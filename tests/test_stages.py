@@ -13,7 +13,7 @@ import torch
 import transformers
 from pipeline import EVERYTHING, ROUNDING, in_update, metrics, nan_in, read_rows, same_metrics
 from safetensors.torch import load_file
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import GPTNeoXForCausalLM, GPTNeoXModel
 
 import dpo
@@ -27,6 +27,7 @@ from data import Tokenizer, batch_indices, last_scalars, load_rows
 from evals.colour import coloured, pieces
 from evals.samples import pick_best
 from evals.tables import rouge
+from hub.weights import is_sharded
 from model import Block, GPTNeoX, ScalarModel
 
 STAGES = ["sft", "rm", "ppo", "dpo"]
@@ -644,6 +645,40 @@ def test_bfloat16_compute_keeps_float32_masters(pipeline):
     weights = load_file(Path(cfg.out_dir) / "final" / "model.safetensors")
     assert all(value.dtype == torch.float32 for value in weights.values())
     assert any((value != value.bfloat16().float()).any() for value in weights.values())
+
+
+def test_gradients_of_micro_batches_are_added_in_float32(pipeline):
+    """Each is a bfloat16 number, a sum of them mostly not. FSDP has one dtype for these sums and those over processes."""
+    shares = []
+
+    def look(run, cfg, metrics):
+        gradients = [parameter.grad.to_local().flatten() for parameter in run.models["policy"].gpt_neox.parameters()]
+        sums = torch.cat(gradients)
+        shares.append((sums != sums.bfloat16().float()).float().mean().item())
+
+    ppo.main(pipeline.config(ppo, "ppo_sums", episodes=8, dtype="bfloat16", train_gather=True), before_step=look)
+    assert len(shares) == 4 and min(shares) > 0.3  # (the embeddings of absent tokens are 0)
+
+
+@pytest.mark.parametrize("gather", [True, False])
+def test_rollout_gather_decides_whether_parameters_stay_whole(pipeline, gather):
+    """While a block decodes, the others' parameters are whole, or sharded. (In bfloat16 FSDP has models, also of one
+    process.)
+    """
+    decoding = set()
+    seen = set()
+
+    def look(module, inputs, output):
+        if isinstance(module, Block) and inputs[0].shape[1] == 1:
+            for block in decoding - {module}:
+                seen.add(is_sharded(next(block.parameters())))
+            decoding.add(module)
+
+    options = dict(episodes=8, dtype="bfloat16", rollout_gather=gather)
+    with register_module_forward_hook(look):
+        ppo.main(pipeline.config(ppo, f"ppo_gather_{gather}", **options))
+    assert len(decoding) == 2
+    assert seen == {not gather}
 
 
 def test_finished_run_is_left_alone(pipeline, capsys):
