@@ -13,7 +13,18 @@ import torch
 
 from distributed.optimizer import learning_rate
 from dpo import dpo_loss
-from ppo import AdaptiveKLController, FixedKLController, gae, policy_loss, shape_rewards, value_loss, whiten
+from ppo import (
+    AdaptiveKLController,
+    Config,
+    FixedKLController,
+    actor_loss,
+    clipped_surrogate,
+    gae,
+    policy_loss,
+    shape_rewards,
+    value_loss,
+    whiten,
+)
 from rm import preference_loss, ranking_loss
 
 PRINTED = dict(atol=1e-6, rtol=0)
@@ -232,6 +243,24 @@ def test_policy_loss_matches_loop_and_gradient():
     check(got, loss)
     got.sum().backward()
     check(new.grad, grad)
+
+
+def test_what_stands_after_eos_is_no_part_of_the_policy_loss():
+    """A ratio there of exp(200), which is infinite, times the weight 0 would be NaN."""
+    new = torch.tensor([[-1.0, -2.0, 0.0]], requires_grad=True)
+    micro = {
+        "logprobs": torch.tensor([[-1.5, -2.5, -200.0]]),
+        "advantages": torch.tensor([[-1.0, 0.5, 0.0]]),
+        "mask": torch.tensor([[True, True, False]]),
+        "weights": torch.tensor([[1.0, 1.0, 0.0]]),
+    }
+    loss, stats = actor_loss(Config(cliprange=0.9), clipped_surrogate, new, micro, total_weight=2.0)
+    loss.backward()
+    ratio = math.exp(0.5)
+    assert loss.item() == pytest.approx((ratio - 0.5 * ratio) / 2)
+    np.testing.assert_allclose(new.grad, [[ratio / 2, -0.25 * ratio, 0]], rtol=1e-6)
+    assert stats["val/ratio_avg"].item() == pytest.approx(ratio)
+    assert stats["policy/approxkl_avg"].item() == pytest.approx(0.125)
 
 
 def test_policy_loss_at_ratio_one_has_the_plain_policy_gradient():

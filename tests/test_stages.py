@@ -579,6 +579,10 @@ def test_resume_is_bitwise(pipeline, name, options):
     """Killed in an update and started again, a run writes the same bytes as one that was left alone."""
     stage = importlib.import_module(name)
     options = dict(episodes=40, save_every=2, **options)
+    files = ["metrics.jsonl", "final/model.safetensors"]
+    if hasattr(stage.Config, "samples_every"):
+        options["samples_every"] = 1
+        files.append("samples.jsonl")
     whole = pipeline.config(stage, f"{name}_whole", **options)
     broken = pipeline.config(stage, f"{name}_broken", **options)
     stage.main(whole)
@@ -594,7 +598,7 @@ def test_resume_is_bitwise(pipeline, name, options):
     assert kept == ["step_2"]
     assert not (Path(broken.out_dir) / "final").exists()
     stage.main(broken)
-    for file in ("metrics.jsonl", "final/model.safetensors"):
+    for file in files:
         assert (Path(whole.out_dir) / file).read_bytes() == (Path(broken.out_dir) / file).read_bytes(), file
     kept = sorted(path.name for path in (Path(broken.out_dir) / "checkpoints").iterdir())
     assert kept == ["step_4", "step_5"]
@@ -648,7 +652,7 @@ def test_bfloat16_compute_keeps_float32_masters(pipeline):
 
 
 def test_gradients_of_micro_batches_are_added_in_float32(pipeline):
-    """Each is a bfloat16 number, a sum of them mostly not. FSDP has one dtype for these sums and those over processes."""
+    """Each is a bfloat16 number, a sum of them mostly not. FSDP adds up those of all ranks in the same dtype."""
     shares = []
 
     def look(run, cfg, metrics):
@@ -679,6 +683,34 @@ def test_rollout_gather_decides_whether_parameters_stay_whole(pipeline, gather):
         ppo.main(pipeline.config(ppo, f"ppo_gather_{gather}", **options))
     assert len(decoding) == 2
     assert seen == {not gather}
+
+
+def test_values_are_float32_in_a_bfloat16_run(pipeline):
+    """The head is, and the critic's values are what it says: not bfloat16's numbers, which are 2^-16 of float32's."""
+    values = []
+
+    def keep(cfg, batch, state):
+        values.append(batch["values"][batch["mask"]])
+        return ppo.advantages(cfg, batch, state)
+
+    ppo.main(pipeline.config(ppo, "ppo_values", episodes=8, dtype="bfloat16"), advantages=keep)
+    (values,) = values
+    assert len(values) >= 8
+    assert (values != values.bfloat16().float()).float().mean() > 0.9
+
+
+def test_a_metric_that_is_not_finite_stops_the_run(cpu_run):
+    """Or, with on_nonfinite=skip, is null in the row: JSON has none of these."""
+    numbers = {"nan": np.nan, "large": np.inf, "small": -np.inf}
+    for name, bad in numbers.items():
+        with pytest.raises(UserError, match=f"step 0: {{'{name}': .*}}; lower lr"):
+            cpu_run.log({name: bad, "other": 1.0})
+    assert not (cpu_run.out_dir / "metrics.jsonl").exists()
+
+    cpu_run.cfg.on_nonfinite = "skip"
+    cpu_run.tracker = runtime.Tracker(cpu_run, "none")
+    cpu_run.log({**numbers, "other": 1.0})
+    assert metrics(cpu_run) == [{"step": 0, **dict.fromkeys(numbers), "other": 1.0, "skipped": 0}]
 
 
 def test_finished_run_is_left_alone(pipeline, capsys):
