@@ -302,11 +302,13 @@ def start_sides(args, directory, tokenizer, path, split, rows):
 
 
 def literals(pairs):
-    """["key=value", ...] -> {key: value}, values read as JSON."""
+    """["key=value", ...] -> {key: value}, values read as JSON; what is none is a text."""
     values = {}
     for pair in pairs:
         key, text = pair.split("=", 1)
-        values[key] = json.loads(text)
+        values[key] = text
+        with contextlib.suppress(json.JSONDecodeError):
+            values[key] = json.loads(text)
     return values
 
 

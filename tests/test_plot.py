@@ -214,6 +214,18 @@ def row(n, rate, low, high):
     return dict(n=n, win=0, tie=0, lose=0, none=0, rate=rate, low=low, high=high)
 
 
+def test_phases_stand_side_by_side(figures):
+    rows = {
+        "measured": {"policy": 2.0, "critic": 1.5, "rest": 0.25},
+        "at the least": {"policy": 1.0, "critic": 0.5, "rest": 0.0},
+    }
+    (axes,) = plot.draw_phases(rows).axes
+    bars = {bars.get_label(): [(bar.get_x(), bar.get_width()) for bar in bars] for bars in axes.containers}
+    assert bars == {"policy": [(0, 2.0), (0, 1.0)], "critic": [(2.0, 1.5), (1.0, 0.5)], "rest": [(3.5, 0.25), (1.5, 0)]}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["measured", "at the least"]
+    assert axes.yaxis_inverted()  # the first is above
+
+
 def test_lengths_show_rates_and_intervals(figures):
     table = {"all": row(300, 0.6, 0.5, 0.7), "length x 0.5": dict(n=1, none=1), "length x 1": row(200, 0.5, 0.4, 0.7),
              "length x 2": row(100, 0.8, 0.7, 0.85), "length x 4": row(3, 1.0, 1.0, 1.0)}  # fmt: skip
