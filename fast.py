@@ -1,4 +1,4 @@
-"""The same numbers as the plain way in model.py, sooner and in less memory.
+"""The same numbers as the plain way, up to rounding, sooner and in less memory. (Plain: in model.py, or said there.)
 
     invert_cdf        the sums of blocks of ids, then those in one block
     token_logprobs    a few rows at a time; the backward pass turns the logits into their gradient, in place
@@ -12,8 +12,8 @@ from torch import nn
 
 ONEDNN = torch.backends.mkldnn.is_available()
 BLOCK = 256  # ids whose probabilities are added up first
-QUERIES = 128  # whose attention is computed together, in rows below LONG: from there on the kernel takes other blocks
-LONG = 768
+QUERIES = 128  # whose attention is computed together
+LONG = 768  # tokens; from there on the kernel takes 256 queries at a time by itself, and less of them costs time
 CHUNK = {"cpu": 2**20, "cuda": 2**24}  # logits that are looked at together: on a CPU what fits its cache
 
 
@@ -100,7 +100,9 @@ def invert_cdf(probs, uniforms):
 
 
 def find_column(probs, draws):
-    """The columns (B, 1) of probs (B, N) where their sum passes the draws (B, 1), and what of these is left there."""
+    """The columns (B, 1) of probs (B, N) where their sum from the left passes the draws (B, 1); and the draws (B, 1)
+    less the sum of the columns before.
+    """
     # In float32 thousands of unlikely ids would add nothing to the sum, and never be drawn.
     cdf = probs.double().cumsum(-1)
     # `right`, and the last column, skip what has no probability at all.

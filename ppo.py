@@ -414,6 +414,7 @@ def accumulate(run, cfg, policy, critic, queries, batch, indices, token_loss, po
     options = {"temperature": cfg.temperature, "n_vocab": run.tokenizer.n_vocab}
     micro_stats = []
     for places in run.micro_batches(minibatch["length"].tolist()):  # in the minibatch
+        run.phase("policy")
         micro_indices = indices[places]  # in the batch
         ids, select, targets = sequence_inputs(run, queries, batch, micro_indices)
         micro = {}
@@ -421,7 +422,6 @@ def accumulate(run, cfg, policy, critic, queries, batch, indices, token_loss, po
             micro[name] = x[places] if x.dim() == 1 else x[places, : select.shape[1]]
 
         # One model at a time: its activations are gone before the next one's come.
-        run.phase("policy")
         new_entropy = None
         with torch.set_grad_enabled(policy_learns):
             if cfg.entropy_coef > 0:

@@ -46,7 +46,8 @@ class Data:
 def start(cfg, n_responses, models, functions, tokenizer_source="", n_minibatches=1, **options):
     """Join the process group, open cfg.out_dir, load the tokenizer (cfg.model's, if none is named) and the rows.
 
-    models, functions: what else decides the run, see `check_inputs`. n_responses and options go to `load_rows`.
+    models, functions: what else decides the run, see `check_inputs`. n_responses and options go to `load_rows`. A batch
+    must divide into n_minibatches, and each of these into the processes' shares.
     Returns this process's World, and Data. Raises Done if the run is complete already.
     """
     require_library(cfg.log_to)
@@ -182,7 +183,7 @@ class Run:
     def log_time(self, phases):
         """Append a row to timing.jsonl: how long this update took, with all that was done in it.
 
-        tokens: of the rows that were trained on, once for each pass with gradients. phases: {name: seconds}.
+        tokens: of the rows that were trained on, once for each epoch. phases: {name: seconds}.
         """
         seconds = sum(phases.values())
         row = {

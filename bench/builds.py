@@ -49,13 +49,13 @@ for step in range(rounds + 1):
 def run(root, processes, directory, what, rows, args):
     """Seconds of each unit of work of one run, the first left out."""
     threads = max(1, os.cpu_count() // processes)
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(root)}
-    options = dict(cwd=root, env=env, check=True, stderr=subprocess.DEVNULL)
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(root)}
+    options = dict(cwd=root, env=env)
     if what == "generate":
         queries = json.dumps([row["query"] for row in rows["rows"]])
         command = [sys.executable, "-c", GENERATE, str(directory / "policy"), str(NEW), str(rows["n_vocab"])]
-        output = subprocess.run([*command, str(args.units)], input=queries.encode(), stdout=subprocess.PIPE, **options)
-        return [float(line) for line in output.stdout.split()][1:]
+        output = call([*command, str(args.units)], input=queries, **options)
+        return [float(line) for line in output.split()][1:]
 
     out_dir = directory / "run"
     shutil.rmtree(out_dir, ignore_errors=True)
@@ -78,8 +78,16 @@ def run(root, processes, directory, what, rows, args):
         values["shard_size"] = 1
     command.append(f"{what}.py")
     command += [f"--{name}={value}" for name, value in values.items()]
-    subprocess.run(command, stdout=subprocess.DEVNULL, **options)
+    call(command, **options)
     return [row["seconds"] for row in read_jsonl(out_dir / "timing.jsonl")][1:]
+
+
+def call(command, **options):
+    """A command's output; if it fails, the end of what it said."""
+    result = subprocess.run(command, capture_output=True, text=True, **options)
+    if result.returncode:
+        raise SystemExit(f"{options['cwd']}: {result.stderr[-2000:]}")
+    return result.stdout
 
 
 def main():
@@ -92,7 +100,8 @@ def main():
     parser.add_argument("--units", type=int, default=3, help="units of work in a round, besides the first")
     args = parser.parse_args()
     data = args.data.resolve()
-    directory = Path(tempfile.mkdtemp(prefix="builds-"))
+    temporary = tempfile.TemporaryDirectory(prefix="builds-")  # until the end of this script, whatever that is
+    directory = Path(temporary.name)
     earlier = directory / "tree"
     subprocess.run(["git", "clone", "--quiet", "--no-checkout", ROOT, earlier], check=True)
     subprocess.run(["git", "checkout", "--quiet", "--detach", args.rev], cwd=earlier, check=True)
@@ -116,7 +125,6 @@ def main():
             median = statistics.median(values)
             spread = f"[{min(values):.2f}, {max(values):.2f}]"
             print(f"{what} {args.shape}, {name}: {median:.2f} s {spread}, {before / median:.2f} x", flush=True)
-    shutil.rmtree(directory)
 
 
 if __name__ == "__main__":

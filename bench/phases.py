@@ -1,12 +1,13 @@
-"""Where the seconds of a PPO update went, beside what their operations and bytes need at the least on this machine.
+"""Where the seconds of a PPO update went, beside what their operations need at the least on this machine.
 
-    python bench/phases.py out/toy/ppo                  # a table, and out/toy/ppo/phases.png
+    python ppo.py config/toy_ppo.py --out_dir=out/phases        # after `make demo`; by one process
+    python bench/phases.py out/phases                           # a table, and out/phases/phases.png
 
 Measured are the medians of timing.jsonl, without the first update. The floor of a phase is counted: its products at the
 rate of a large product on this machine, and what has no products at the rate of a large copy. A pass is counted as in
-bench/bench.py, for rows of mean length.
+bench/bench.py, for rows of mean length. All four models are taken to have the policy's shape, and to compute in float32.
 
-    generation   the queries once; then each token alone, which reads all weights
+    generation   the queries once, then each token alone; that weights are read for each token is not counted
     scoring      policy and reference with logits, critic and reward model without
     policy       forward and backward, which is twice the work, in each epoch
     critic       the same without logits

@@ -22,14 +22,14 @@ from hub.weights import weight_files
 
 
 def load_splits(cfg, world, tokenizer, **options):
-    """The rows to train on, and those that are held out: None without an eval_split."""
+    """The rows to train on, and those that are held out: None without an eval_split, or if `data` has no splits."""
     train = load_split(cfg, world, tokenizer, cfg.data, cfg.train_split, **options)
     held_out = None
     if cfg.eval_split and has_split(cfg.data, cfg.eval_split):
         held_out = load_split(cfg, world, tokenizer, cfg.data, cfg.eval_split, **options)
     elif cfg.eval_split:
-        share = "--train_split=train[:90%] --eval_split=train[90%:] would do so"
-        world.print(f"{cfg.data}: without {{split}} in its path no rows are held out, and none evaluated; {share}")
+        mend = "--train_split=train[:90%] --eval_split=train[90%:] would do so"
+        world.print(f"{cfg.data}: without {{split}} in its path no rows are held out, and none evaluated; {mend}")
     return train, held_out
 
 
@@ -42,10 +42,11 @@ def load_split(cfg, world, tokenizer, source, split, n_responses, **options):
         limit = GPTNeoXConfig.from_directory(directory).max_position_embeddings
         if n_responses == 0:
             limit -= getattr(cfg, "response_length", 0)  # the responses are still to come
-        longest = options.pop("max_length", getattr(cfg, "max_length", 0)) or limit
-        limit = min(limit, longest)
+        require(limit > 0, f"response_length: {directory} has no positions left for a query; lower it")
 
-        return load_rows(source, split, tokenizer, n_responses, limit, too_long=cfg.too_long, **options)
+        longest = options.pop("max_length", getattr(cfg, "max_length", 0)) or limit
+        rows = (source, split, tokenizer, n_responses, min(limit, longest))
+        return load_rows(*rows, too_long=cfg.too_long, **options)
 
     return world.main_first(load)
 

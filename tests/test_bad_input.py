@@ -168,6 +168,7 @@ CASES = {
     "PPO at temperature 0": (ppo, lambda d: dict(temperature=0.0), "'temperature' takes finite float above 0"),
     "PPO without epochs": (ppo, lambda d: dict(n_epochs=0), "'n_epochs' takes int from 1"),
     "PPO in 0 minibatches": (ppo, lambda d: dict(n_minibatches=0), "'n_minibatches' takes int from 1"),
+    "PPO without room for queries": (ppo, lambda d: dict(response_length=2048), "response_length: .*no positions left"),
     "PPO without a response": (ppo, lambda d: dict(response_length=0), "'response_length' takes int from 1"),
     "rollout micro-batch of 0": (ppo, lambda d: dict(rollout_micro_batch_size=0),
                                  "'rollout_micro_batch_size' takes int from 1"),

@@ -34,7 +34,7 @@ def in_turn(n, jobs, directory):
     """Run stages one after the other in one group of processes: jobs are pairs of a name and a configuration."""
     path = directory / f"jobs_{len(jobs)}.json"
     path.write_text(json.dumps([(stage, asdict(cfg)) for stage, cfg in jobs]))
-    launch(n, ROOT / "tests" / "in_turn.py", path)
+    return launch(n, ROOT / "tests" / "in_turn.py", path)
 
 
 def launch(n, *script, **env):
@@ -125,31 +125,49 @@ def test_ways_to_save_memory_change_no_bit(pipeline, sharded, number):
         assert saving.read_bytes() == (Path(sharded.out_dir) / name).read_bytes()
 
 
-def test_two_replicas_of_two_shards_are_one_run(pipeline, sharded):
-    """Hybrid sharding on four processes, frozen models offloaded."""
-    cfg = pipeline.config(ppo, "hybrid", episodes=40, kl_target=0.5, shard_size=2, offload="frozen")
-    torchrun("ppo", cfg, 4)
-    same_metrics(metrics(sharded), metrics(cfg))
-    same_weights(sharded, cfg)
+MOVES = [(1, {}), (2, dict(shard_size=1)), (4, {}), (4, dict(shard_size=2, offload="all"))]
 
 
-@pytest.mark.parametrize("n, options", [
-    (1, {}), (2, dict(shard_size=1)), (4, {}), (4, dict(shard_size=2, offload="all")),
-])  # fmt: skip
-def test_a_run_saved_by_two_processes_goes_on_in_others(pipeline, sharded, n, options, capsys):
-    """From its second update; the reference is the run that two processes finished."""
+def move(pipeline, sharded, n, options):
+    """The run of two processes as it was after its second update, in a directory of its own: a configuration for n."""
     moved = pipeline.directory / f"resumed_on_{n}_{len(options)}"
     shutil.copytree(sharded.out_dir, moved)
     for name in ("final", "checkpoints/step_4", "checkpoints/step_5"):
         shutil.rmtree(moved / name)
-    cfg = pipeline.config(ppo, moved.name, episodes=40, save_every=2, keep_checkpoints=3, kl_target=0.5,
-                          accept_changes=True, **options)  # fmt: skip
-    if n == 1:
-        ppo.main(cfg)
-        output = capsys.readouterr().out
+    return pipeline.config(ppo, moved.name, keep_checkpoints=3, accept_changes=True, **SHARDED, **options)
+
+
+@pytest.fixture(scope="module")
+def on_four(pipeline, sharded):
+    """What four processes run, in one launch: their configurations, and what they said."""
+    hybrid = dict(episodes=40, kl_target=0.5, shard_size=2, offload="frozen")
+    cfgs = [pipeline.config(ppo, "hybrid", **hybrid)]
+    cfgs += [move(pipeline, sharded, n, options) for n, options in MOVES if n == 4]
+    output = in_turn(4, [("ppo", cfg) for cfg in cfgs], pipeline.directory)
+    return cfgs, output
+
+
+def test_two_replicas_of_two_shards_are_one_run(sharded, on_four):
+    """Hybrid sharding on four processes, frozen models offloaded."""
+    cfg = on_four[0][0]
+    same_metrics(metrics(sharded), metrics(cfg))
+    same_weights(sharded, cfg)
+
+
+@pytest.mark.parametrize("n, options", MOVES)
+def test_a_run_saved_by_two_processes_goes_on_in_others(pipeline, sharded, n, options, capsys, request):
+    """From its second update; the reference is the run that two processes finished."""
+    if n == 4:
+        cfgs, output = request.getfixturevalue("on_four")
+        cfg = cfgs[MOVES.index((n, options)) - 1]
     else:
-        output = torchrun("ppo", cfg, n)
-    assert f"resumed from {moved}/checkpoints/step_2" in output
+        cfg = move(pipeline, sharded, n, options)
+        if n == 1:
+            ppo.main(cfg)
+            output = capsys.readouterr().out
+        else:
+            output = torchrun("ppo", cfg, n)
+    assert f"resumed from {cfg.out_dir}/checkpoints/step_2" in output
     same_metrics(metrics(sharded), metrics(cfg))
     assert metrics(sharded)[:2] == metrics(cfg)[:2]  # those were not written anew
     same_weights(sharded, cfg)

@@ -29,7 +29,7 @@ MINIBATCHES = 2
 UPDATES = 2
 OPTIONS = dict(
     batch_size=B, micro_batch_size=5, episodes=UPDATES * B, n_epochs=EPOCHS, n_minibatches=MINIBATCHES, lr=1e-3,
-    critic_lr=4e-4, adam_style="tf", adam_beta1=0.6, adam_beta2=0.9, max_grad_norm=0.05, weight_decay=0.02,
+    critic_lr=4e-4, adam_style="tf", adam_beta1=0.6, adam_beta2=0.9, max_grad_norm=0.05, weight_decay=0.5,
     warmup_steps=2, schedule="constant", entropy_coef=0.02, ptx_coef=0.5, vf_coef=0.3, cliprange=0.01,
     cliprange_value=0.02, response_length=8,
 )  # fmt: skip
@@ -71,13 +71,13 @@ class Critic(torch.nn.Module):
 
     def __init__(self, directory):
         super().__init__()
-        self.body = GPTNeoXModel.from_pretrained(directory).double()
+        self.gpt_neox = GPTNeoXModel.from_pretrained(directory).double()
         head = load_file(Path(directory) / "model.safetensors")
         self.weight = torch.nn.Parameter(head["score.weight"][0].double())
         self.bias = torch.nn.Parameter(head["score.bias"][0].double())
 
     def forward(self, ids):
-        return self.body(ids).last_hidden_state[0] @ self.weight + self.bias
+        return self.gpt_neox(ids).last_hidden_state[0] @ self.weight + self.bias
 
 
 def clip(number, low, high):

@@ -16,6 +16,7 @@ import socket
 import sys
 import textwrap
 import time
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -78,8 +79,8 @@ def main():
         print("\ninterrupted; the same command goes on where it can", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:
-        # Of gloo, most likely.
-        sys.exit(f"error: {error}; if the other process is gone, {args.out}/rank1.log may say why")
+        # Of gloo, most likely, for the other process is gone.
+        sys.exit(f"error: {error}; the last *.log in {args.out} says more")
     finally:
         for other in others:
             other.kill()  # it may wait for this one, for ever
@@ -132,12 +133,16 @@ def run(rank, n_processes, port, args):
     dist.destroy_process_group()
 
 
-def run_script(args, script, name, *options):
-    """`python NAME.py config/toy_NAME.py`, with its output in a log."""
+def run_script(args, script, log_name, *options):
+    """`python SCRIPT.py config/toy_SCRIPT.py`, with its output in a log."""
     values = [f"{args.config}/toy_{script.__name__}.py", f"--seed={args.seed}", "--device=cpu", "--shard_size=1"]
     cfg = configure(script.Config, [*values, *options])
-    with open(f"{args.out}/{name}.log", "a") as log, contextlib.redirect_stdout(log):
-        script.main(cfg)
+    with open(f"{args.out}/{log_name}.log", "a") as log, contextlib.redirect_stdout(log):
+        try:
+            script.main(cfg)
+        except RuntimeError:
+            traceback.print_exc(file=log)  # `main` shows one line
+            raise
 
 
 def write_samples(args, stage, name, *options):
