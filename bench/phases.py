@@ -5,7 +5,7 @@
 
 Measured are the medians of timing.jsonl, without the first update. The floor of a phase is counted: its products at the
 rate of a large product on this machine, and what has no products at the rate of a large copy. A pass is counted as in
-bench/bench.py, for rows of mean length. All four models are taken to have the policy's shape, and to compute in float32.
+bench/bench.py, for rows of mean length. All four models are taken to have the policy's shape, and to be in float32.
 
     generation   the queries once, then each token alone; that weights are read for each token is not counted
     scoring      policy and reference with logits, critic and reward model without

@@ -45,8 +45,7 @@ def load_split(cfg, world, tokenizer, source, split, n_responses, **options):
         require(limit > 0, f"response_length: {directory} has no positions left for a query; lower it")
 
         longest = options.pop("max_length", getattr(cfg, "max_length", 0)) or limit
-        rows = (source, split, tokenizer, n_responses, min(limit, longest))
-        return load_rows(*rows, too_long=cfg.too_long, **options)
+        return load_rows(source, split, tokenizer, n_responses, min(limit, longest), too_long=cfg.too_long, **options)
 
     return world.main_first(load)
 
