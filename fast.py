@@ -3,7 +3,7 @@
     invert_cdf        the sums of blocks of ids, then those in one block
     token_logprobs    a few rows at a time; the backward pass turns the logits into their gradient, in place
     Linear            oneDNN for products in float32 on a CPU that need no gradient
-    attend            on a CPU: a few queries at a time, and in bfloat16 two products
+    attend            two products where PyTorch's kernel is slow: bfloat16 on a CPU
 """
 
 import torch
@@ -12,8 +12,6 @@ from torch import nn
 
 ONEDNN = torch.backends.mkldnn.is_available()
 BLOCK = 256  # ids whose probabilities are added up first
-QUERIES = 128  # whose attention is computed together
-LONG = 768  # tokens; from there on the kernel takes 256 queries at a time by itself, and less of them costs time
 CHUNK = {"cpu": 2**20, "cuda": 2**24}  # logits that are looked at together: on a CPU what fits its cache
 
 
@@ -21,61 +19,31 @@ class Linear(nn.Linear):
     """nn.Linear. In float32 on a CPU, without gradients, oneDNN does it: for few rows MKL takes up to twice as long."""
 
     def forward(self, x):
-        as_written = torch.is_grad_enabled() or torch.compiler.is_compiling() or not ONEDNN
-        if as_written or not x.is_cpu or x.dtype != torch.float32:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(x)
-        # The product, with no function after it.
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        if ONEDNN and x.is_cpu and x.dtype == torch.float32:
+            # The product, with no function after it.
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return super().forward(x)
 
 
 def attend(q, k, v, mask):
     """Attention of q (B, H, R, E) to k, v (B, H, T, E) where `mask` (B, 1, R or 1, T) is True; None: causal, R = T."""
+    if q.dtype != torch.bfloat16 or q.device.type != "cpu":
+        is_causal = mask is None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+
+    # There two products take a third of that kernel's time.
+    R, E = q.shape[2:]
     T = k.shape[2]
-    is_causal = mask is None
-
-    if q.is_cpu and q.dtype == torch.bfloat16:
-        return attend_by_products(q, k, v, mask)
-    if q.is_cpu and is_causal and QUERIES < T < LONG and not torch.compiler.is_compiling():
-        return attend_by_few(q, k, v)
-
-    # As on a GPU.
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-
-
-def attend_by_few(q, k, v):
-    """Causal attention, a few queries at a time, each group to no more keys than its last query sees.
-
-    PyTorch's kernel for CPUs looks at 512 keys at a time, also for queries that see few.
-    """
-    T = k.shape[2]
-    causal = lower_triangle(T)
-    pieces = []
-    for start in range(0, T, QUERIES):
-        end = start + QUERIES
-        queries = q[:, :, start:end]
-        keys = k[:, :, :end]
-        values = v[:, :, :end]
-        mask = causal[start:end, :end]
-        pieces.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask))
-
-    return torch.cat(pieces, dim=2)
-
-
-def attend_by_products(q, k, v, mask):
-    """In bfloat16 on a CPU two products take a third of that kernel's time."""
-    T, E = k.shape[2:]
     if mask is None:
-        mask = lower_triangle(T)
+        everywhere = torch.ones(R, T, dtype=torch.bool)
+        mask = everywhere.tril()
 
     scores = (q * E**-0.5) @ k.transpose(2, 3)
     scores = scores.masked_fill(~mask, -torch.inf)
     weights = scores.softmax(-1)
     return weights @ v
-
-
-def lower_triangle(size):
-    everywhere = torch.ones(size, size, dtype=torch.bool)
-    return everywhere.tril()
 
 
 def invert_cdf(probs, uniforms):

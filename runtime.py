@@ -59,6 +59,7 @@ def start(cfg, n_responses, models, functions, tokenizer_source="", n_minibatche
 
     parts = n_minibatches * world.size
     require(cfg.batch_size % parts == 0, f"batch_size must be a multiple of {parts}, minibatches x processes")
+
     n_rows = cfg.episodes or len(train)
     n_updates = n_rows // cfg.batch_size
     require(n_updates > 0, f"{n_rows} rows are less than a batch of {cfg.batch_size}; lower batch_size")
