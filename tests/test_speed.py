@@ -3,6 +3,7 @@ enough to compare tokens. Nothing here is timed; bench/ does that.
 """
 
 import bisect
+import dataclasses
 import itertools
 import shutil
 import sysconfig
@@ -39,10 +40,10 @@ def random_ids(*shape, seed=0):
     return torch.randint(0, 64, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def small(cls=GPTNeoX, dtype=torch.float64):
+def small(cls=GPTNeoX, dtype=torch.float64, shape=SMALL):
     """A model whose biases and norms do something."""
     torch.manual_seed(1)
-    model = cls(SMALL).to(dtype)
+    model = cls(shape).to(dtype)
     for parameter in model.parameters():
         parameter.data += 0.1 * random(*parameter.shape).to(dtype)
     return model
@@ -348,8 +349,9 @@ HEADERS = Path(sysconfig.get_path("include"), "Python.h").exists() and shutil.wh
 def test_compiled_code_computes_the_same():
     """With what torch.compile really makes, in passes with and without gradients. Undone: oneDNN's call compiled."""
     torch._dynamo.reset()
-    eager = small(dtype=torch.float32)
-    compiled = small(dtype=torch.float32)
+    shape = dataclasses.replace(SMALL, num_hidden_layers=2)  # the last block, and one that is not
+    eager = small(dtype=torch.float32, shape=shape)
+    compiled = small(dtype=torch.float32, shape=shape)
     for layer in compiled.gpt_neox.layers:  # as distributed.sharding.load_model does
         layer.forward = torch.compile(layer.forward, dynamic=True)
     for T in (9, 12):
